@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from PIL import Image, UnidentifiedImageError
-
+from mpi_mlx.documents.images import check_image, image_bytes
 from mpi_mlx.errors import DataError
 
 TEXT_SUFFIXES = (".md", ".markdown", ".txt")
@@ -31,10 +30,11 @@ class PolicyDocument:
     """A rulebook: what the model is to follow once it can no longer see it.
 
     ``parts`` are chat content parts in reading order: ``{"type": "text", "text": str}`` and
-    ``{"type": "image", "image": absolute path}`` (or a PIL image, for generated documents).
+    ``{"type": "image", "image": absolute path}`` (or a PIL image, or one that draws itself, in generated
+    documents).
     ``sha256`` covers texts, image bytes and their order, not the name or the place on disk.
 
-    >>> document = from_text("# Refunds\\n\\nRefund within 30 days.", name="refunds")
+    >>> document = PolicyDocument.from_text("# Refunds\\n\\nRefund within 30 days.", name="refunds")
     >>> document.amend("Refunds", "Refund within 14 days.").text
     '# Refunds\\n\\nRefund within 14 days.'
     """
@@ -43,6 +43,18 @@ class PolicyDocument:
     parts: tuple[dict, ...]
     sha256: str
 
+    @classmethod
+    def from_text(cls, text: str, name: str = "document") -> PolicyDocument:
+        """A document of text alone; Markdown image syntax in it stays text."""
+        if not text.strip():
+            raise DataError(f"{name}: the document is empty; write the rules into it")
+        return _document(name, [{"type": "text", "text": text}])
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[dict], name: str = "document") -> PolicyDocument:
+        """A document of ready text and image parts."""
+        return _document(name, [dict(p) for p in parts])
+
     @property
     def text(self) -> str:
         """The text parts joined; images leave nothing behind."""
@@ -50,7 +62,7 @@ class PolicyDocument:
 
     @property
     def images(self) -> tuple:
-        """Images in reading order: absolute paths or PIL images."""
+        """Images in reading order: absolute paths, PIL images or images that draw themselves."""
         return tuple(p["image"] for p in self.parts if p["type"] == "image")
 
     @property
@@ -111,34 +123,6 @@ def load_document(path: str | Path) -> PolicyDocument:
         raise DataError(f"{path}: the document is empty; write the rules into it")
     name = path.resolve().name if path.is_dir() else path.stem
     return _document(name, parts)
-
-
-def from_text(text: str, name: str = "document") -> PolicyDocument:
-    """A document of text alone; Markdown image syntax in it stays text."""
-    if not text.strip():
-        raise DataError(f"{name}: the document is empty; write the rules into it")
-    return _document(name, [{"type": "text", "text": text}])
-
-
-def from_parts(parts: list[dict] | tuple[dict, ...], name: str = "document") -> PolicyDocument:
-    """A document of ready text and image parts (paths or PIL images)."""
-    return _document(name, [dict(p) for p in parts])
-
-
-def check_image(path: Path, *, decode: bool = False) -> str | None:
-    """What is wrong with an image file, or None. ``decode`` reads every pixel, not only the structure."""
-    if not path.exists():
-        return f"image {str(path)!r} does not exist"
-    try:
-        with Image.open(path) as image:
-            if decode:
-                image.load()
-            else:
-                image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or "broken"
-        return f"image {str(path)!r} cannot be read ({reason})"
-    return None
 
 
 def _files(path: Path) -> list[Path]:
@@ -225,7 +209,7 @@ def _same(a: str, b: str) -> bool:
     return a.strip().lstrip("#").strip().casefold() == b.strip().lstrip("#").strip().casefold()
 
 
-def _flatten(parts: list[dict] | tuple[dict, ...], first: int = 0) -> tuple[str, list]:
+def _flatten(parts: Sequence[dict], first: int = 0) -> tuple[str, list]:
     images = [p["image"] for p in parts if p["type"] == "image"]
     slots = iter(range(first, first + len(images)))
     text = "".join(p["text"] if p["type"] == "text" else _SLOT.format(next(slots)) for p in parts)
@@ -257,8 +241,5 @@ def _document(name: str, parts: list[dict]) -> PolicyDocument:
     return PolicyDocument(name, tuple(merged), digest.hexdigest())
 
 
-def image_bytes(image: str | Path | Image.Image) -> bytes:
-    """A file's bytes, or a PIL image's mode, size and pixels."""
-    if isinstance(image, Image.Image):
-        return f"{image.mode} {image.size} ".encode() + image.tobytes()
-    return Path(image).read_bytes()
+from_text = PolicyDocument.from_text
+from_parts = PolicyDocument.from_parts

@@ -1,0 +1,30 @@
+import pytest
+
+from mpi_mlx.data.completion import completion_text, split_completion
+
+
+def test_the_turn_is_written_as_fixed():
+    assert completion_text("a red cube", "stop") == "<think>a red cube</think>\nstop"
+    assert completion_text(None, "stop") == "stop"
+    assert completion_text("only a trace", None) == "<think>only a trace</think>\n"
+
+
+@pytest.mark.parametrize("reasoning", ["a red cube", None, "", "a\n\nb"])
+@pytest.mark.parametrize("answer", ["stop", "two\nlines"])
+def test_round_trip(reasoning, answer):
+    assert split_completion(completion_text(reasoning, answer)) == (reasoning, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  stop \n", (None, "stop")),
+        ("trace</think> stop", ("trace", "stop")),
+        ("<think>a</think> b <think>c</think>\nd", ("a</think> b <think>c", "d")),
+        ("<think>cut off in the mid", ("cut off in the mid", "")),
+        ("the tag <think> is text", (None, "the tag <think> is text")),
+        ("", (None, "")),
+    ],
+)
+def test_what_models_write(text, expected):
+    assert split_completion(text) == expected
