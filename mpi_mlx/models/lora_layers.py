@@ -1,0 +1,100 @@
+"""LoRA and DoRA layers that mlx-vlm's and mlx-lm's loaders read, with a switch and a cheaper forward."""
+
+import math
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_vlm.trainer.peft import DoRALinear as VlmDoRALinear
+from mlx_vlm.trainer.peft import LoRALinear as VlmLoRALinear
+
+from mpi_mlx.models.quantization import dequantized_weight
+
+LINEARS = (nn.Linear, nn.QuantizedLinear)
+
+
+def input_size(linear: nn.Module) -> int:
+    """Width of a linear's input, packed or not."""
+    columns = linear.weight.shape[1]
+    return columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
+
+
+class LoRALinear(VlmLoRALinear):
+    """y = W x + b + scale B A x (arXiv 2106.09685), A = ``lora_a.T``, B = ``lora_b.T``.
+
+    Args:
+        linear: the frozen base, quantized or not.
+        rank, scale, dropout: of the update; ``scale`` is alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        key: of A's uniform init in +-1/sqrt(inputs); B is zero.
+        switch: the update is left out while ``switch.enabled`` is False.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array,
+                 switch: SimpleNamespace):
+        nn.Module.__init__(self)
+        self.linear = linear
+        self.dropout = nn.Dropout(p=dropout)
+        self.scale = scale
+        self.switch = switch
+        inputs, outputs = input_size(linear), linear.weight.shape[0]
+        bound = 1 / math.sqrt(inputs)
+        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
+        self.lora_b = mx.zeros((rank, outputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        if not self.switch.enabled:
+            return y
+        # scaling the (T, rank) product, not the (T, outputs) one: element-wise work is what costs on CPU
+        z = (((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b)
+        return y + z.astype(x.dtype)
+
+
+class DoRALinear(VlmDoRALinear):
+    """DoRA (arXiv 2402.09353): magnitude ``m`` times the direction of W + scale B A, its norm detached.
+
+    The norm of the adapted rows is taken from |W|^2, W A and A^T A, so no matrix of W's size is made.
+    Same arguments as :class:`LoRALinear`.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array,
+                 switch: SimpleNamespace):
+        nn.Module.__init__(self)
+        self.linear = linear
+        self.dropout = nn.Dropout(p=dropout)
+        self.scale = scale
+        self.switch = switch
+        inputs, outputs = input_size(linear), linear.weight.shape[0]
+        bound = 1 / math.sqrt(inputs)
+        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
+        self.lora_b = mx.zeros((rank, outputs))
+        weight = dequantized_weight(linear).astype(mx.float32)
+        self._square = (weight * weight).sum(axis=1)
+        self.m = mx.sqrt(self._square)
+        mx.eval(self.m, self._square)
+
+    def _product(self, x: mx.array) -> mx.array:
+        linear = self.linear
+        if isinstance(linear, nn.QuantizedLinear):
+            return mx.quantized_matmul(x, linear.weight, scales=linear.scales, biases=linear.get("biases"),
+                                       transpose=True, group_size=linear.group_size, bits=linear.bits,
+                                       mode=getattr(linear, "mode", "affine"))
+        return x @ linear.weight.T
+
+    def _norm(self) -> mx.array:
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        cross = self._product(a.T.astype(self.linear_dtype)).astype(mx.float32)  # (rank, outputs): A^T W^T
+        gram = (a.T @ a) @ b
+        square = self._square + 2 * self.scale * (cross * b).sum(axis=0) + self.scale**2 * (gram * b).sum(axis=0)
+        return mx.sqrt(mx.maximum(square, 1e-24))
+
+    @property
+    def linear_dtype(self) -> mx.Dtype:
+        return self.linear.scales.dtype if "scales" in self.linear else self.linear.weight.dtype
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.switch.enabled:
+            return self.linear(x)
+        z = ((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b
+        out = (self.m / self._norm()).astype(x.dtype) * (self._product(x) + z.astype(x.dtype))
+        return out + self.linear.bias if "bias" in self.linear else out
