@@ -53,10 +53,7 @@ def check_image(path: Path, *, decode: bool = False) -> str | None:
     return None
 
 
-def image_bytes(image: ImageRef) -> bytes:
-    """What a hash of the image should cover: a file's bytes, mode, size and pixels, or a key."""
-    if isinstance(image, Image.Image):
-        return f"{image.mode} {image.size} ".encode() + image.tobytes()
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
-    return image.key.encode()
+def pixels(image: ImageRef) -> bytes:
+    """Size and RGB pixels as bytes: what a hash of the image should cover."""
+    opened = open_image(image)
+    return f"{opened.width} {opened.height} ".encode() + opened.tobytes()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from mpi_mlx.documents.images import check_image, image_bytes
+from mpi_mlx.documents.images import check_image, pixels
 from mpi_mlx.errors import DataError
 
 TEXT_SUFFIXES = (".md", ".markdown", ".txt")
@@ -32,7 +32,7 @@ class PolicyDocument:
     ``parts`` are chat content parts in reading order: ``{"type": "text", "text": str}`` and
     ``{"type": "image", "image": absolute path}`` (or a PIL image, or one that draws itself, in generated
     documents).
-    ``sha256`` covers texts, image bytes and their order, not the name or the place on disk.
+    ``sha256`` covers texts, pixels and their order, not the name, place or file format.
 
     >>> document = PolicyDocument.from_text("# Refunds\\n\\nRefund within 30 days.", name="refunds")
     >>> document.amend("Refunds", "Refund within 14 days.").text
@@ -119,7 +119,7 @@ def load_document(path: str | Path) -> PolicyDocument:
         if parts:
             parts.append({"type": "text", "text": "\n\n"})
         parts += _parse(_read(file), file.parent.resolve(), str(file))
-    if not parts:
+    if all(part.get("text", "x").isspace() for part in parts):
         raise DataError(f"{path}: the document is empty; write the rules into it")
     name = path.resolve().name if path.is_dir() else path.stem
     return _document(name, parts)
@@ -143,7 +143,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").rstrip()
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text (byte {error.start}: {error.reason}); save it so") from None
 
@@ -170,9 +170,7 @@ def _parse(text: str, folder: Path, where: str) -> list[dict]:
         pending += line
     if pending:
         parts.append({"type": "text", "text": pending})
-    if parts and parts[0]["type"] == "text":
-        parts[0]["text"] = parts[0]["text"].lstrip("\n")
-    return [p for p in parts if p.get("text") != ""]
+    return parts
 
 
 def _images_outside_code(line: str) -> Iterator[re.Match]:
@@ -235,7 +233,7 @@ def _document(name: str, parts: list[dict]) -> PolicyDocument:
             merged.append(part)
     digest = hashlib.sha256()
     for part in merged:
-        data = part["text"].encode() if part["type"] == "text" else image_bytes(part["image"])
+        data = part["text"].encode() if part["type"] == "text" else pixels(part["image"])
         digest.update(f"{part['type']} {len(data)}\n".encode())
         digest.update(data)
     return PolicyDocument(name, tuple(merged), digest.hexdigest())

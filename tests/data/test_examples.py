@@ -26,8 +26,12 @@ def picture(tmp_path):
 def test_reads_the_fixed_shape(tmp_path, picture):
     content = [{"type": "image", "image": "pictures/1.png"}, {"type": "text", "text": "What now?"}]
     row = {
-        "id": "a", "messages": [{"role": "user", "content": content}], "reasoning": "red", "answer": "stop",
-        "tools": [{"type": "function", "function": {"name": "f"}}], "meta": {"leaf": 3},
+        "id": "a",
+        "messages": [{"role": "user", "content": content}],
+        "reasoning": "red",
+        "answer": "stop",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "meta": {"leaf": 3},
     }
     [example] = load_examples(save(tmp_path / "train.jsonl", row, ""))
     assert example.images == (str(picture.resolve()),)

@@ -65,7 +65,7 @@ def test_hash_covers_text_image_bytes_and_order_only(folder, tmp_path_factory):
 def test_folder_falls_back_to_all_files_in_order(tmp_path):
     (tmp_path / "2-tone.md").write_text("Be brief.")
     (tmp_path / "1-rules.md").write_text("Refund.\n")
-    assert load_document(tmp_path).text == "Refund.\n\nBe brief."
+    assert load_document(tmp_path).text == "Refund.\n\n\nBe brief."
     (tmp_path / "README.md").write_text("Only this.")
     assert load_document(tmp_path).text == "Only this."
 
@@ -81,7 +81,6 @@ def test_amend_replaces_a_section_and_keeps_images(folder):
     assert "## Damage\n\nAsk.\n\n" in without.text and "looks like" not in without.text
     # A section of level one takes its subsections with it.
     assert document.amend("Returns", "None.").text == "# Returns\n\nNone."
-
 
 
 def test_amend_appends_what_is_new():
@@ -105,7 +104,7 @@ def test_markdown_round_trip(folder):
         ("![x](https://example.org/a.png)", r"policy\.md:1: .*not a local file; save it beside"),
         ("![x](broken.png)", r"policy\.md:1: image '.*broken\.png' cannot be read"),
         ("![x](notes.png)", r"policy\.md:1: .*not an image"),
-        ("", "the document is empty"),
+        (" \n\n", "the document is empty"),
     ],
 )
 def test_bad_documents_name_file_and_line(tmp_path, text, message):
