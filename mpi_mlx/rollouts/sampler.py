@@ -1,0 +1,318 @@
+"""Sampling: every completion of a step decoded as one batch.
+
+What prompts share (a document) is prefilled once, each prompt's rest once, and all completions advance
+together; rows that have ended are dropped and the batch compacted. The tokens a key gives do not depend on
+that: each row has its own uniform numbers, one a token, turned into a token by inverting the distribution.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mpi_mlx.models import kv
+from mpi_mlx.models.pieces import Cluster, cluster_prompts
+from mpi_mlx.rollouts.prefill import prefill, prefill_shared
+
+COMPACT_BELOW = 0.75  # compact when the rows still needed are at most this share of the batch
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    `ids` int32 (T,), the end-of-turn token included when it was drawn; `logprobs` float32 (T,), each token's
+    log-probability under softmax(logits / temperature) over the whole vocabulary (temperature 1 when greedy):
+    neither the exclusion of visual tokens nor `top_p` is in it, so that it equals what `training.score`
+    computes. `finished`: a stop token was drawn.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+@dataclass
+class SamplingStats:
+    """What sampling took. `decode_tokens` are kept tokens, `row_steps` rows x steps forwarded for them."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    row_steps: int = 0
+
+
+def sample(
+    model, prompts: Sequence, *, num_samples: int = 1, max_tokens: int, temperature: float = 1.0, **options
+) -> list[list[Completion]]:
+    """`num_samples` completions of each of P prompts (`Encoded`): P lists. Options as in `sample_mixed`."""
+    requests = [(prompt, num_samples) for prompt in prompts]
+    return sample_mixed(model, requests, max_tokens=max_tokens, temperature=temperature, **options)
+
+
+def sample_mixed(
+    model,
+    requests: Sequence[tuple[object, int]],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    key: mx.array | None = None,
+    stop_ids: Collection[int] | None = None,
+    max_rows: int | None = None,
+    logprobs: bool = True,
+    stats: SamplingStats | None = None,
+) -> list[list[Completion]]:
+    """Completions for (prompt, how many) requests, decoded as one batch: one list a request, in order.
+
+    Prompts with and without a document may be mixed: those that carry it share its prefill.
+
+    Args:
+        max_tokens: longest completion.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw from the smallest set of tokens that holds this probability.
+        key: MLX random key; needed unless temperature is 0.
+        stop_ids: tokens that end a completion and stay in it; the model's `eos_ids` by default. Empty: none.
+        max_rows: decode in waves of at most so many rows.
+        logprobs: False leaves `Completion.logprobs` zero and spares a softmax when greedy.
+        stats: counted up.
+    """
+    kv.route_attention(model.net)
+    stats = SamplingStats() if stats is None else stats
+    requests = list(requests)
+    rows = sum(n for _, n in requests)
+    if key is None and temperature > 0:
+        raise ValueError("sampling at a temperature needs a random key")
+    uniforms = None
+    if temperature > 0:
+        uniforms = np.array(mx.random.uniform(shape=(rows, max_tokens), key=key))
+    draw = _Draw(model, temperature, top_p, logprobs)
+    stops = np.array(sorted(model.eos_ids if stop_ids is None else stop_ids), np.int32)
+    collected = _Collected(rows, max_tokens, stops)
+    first = np.cumsum([0, *(n for _, n in requests)])
+    clusters = cluster_prompts([p for p, _ in requests])
+    begin = time.perf_counter()
+    shared = [prefill_shared(model, requests[c.indices[0]][0], c.shared) for c in clusters]
+    stats.prefill_seconds += time.perf_counter() - begin
+    stats.prefill_tokens += sum(c.shared for c in clusters)
+    for wave in _waves(clusters, requests, max_rows):
+        _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, stats)
+    done = collected.completions()
+    stats.decode_tokens += sum(len(c.ids) for c in done)
+    return [done[first[i] : first[i + 1]] for i in range(len(requests))]
+
+
+def generate_greedy(
+    model,
+    prompts: Sequence,
+    *,
+    max_tokens: int,
+    batch_size: int = 64,
+    stop_ids: Collection[int] | None = None,
+    stats: SamplingStats | None = None,
+) -> list[Completion]:
+    """The greedy completion of each prompt, `batch_size` rows at a time, without log-probabilities.
+
+    A shared document is prefilled once for all batches.
+    """
+    options = dict(temperature=0.0, max_rows=batch_size, stop_ids=stop_ids, logprobs=False, stats=stats)
+    groups = sample(model, prompts, num_samples=1, max_tokens=max_tokens, **options)
+    return [group[0] for group in groups]
+
+
+def _waves(clusters: Sequence[Cluster], requests, max_rows: int | None) -> list[list[tuple[int, list[int]]]]:
+    """Lists of (cluster number, request numbers) of at most `max_rows` rows; within, by length."""
+    wave, waves, used = [], [], 0
+    for number, cluster in enumerate(clusters):
+        indices = [i for i in cluster.indices if requests[i][1] > 0]
+        if max_rows is not None:
+            indices.sort(key=lambda i: len(requests[i][0]))
+        for i in indices:
+            if wave and max_rows is not None and used + requests[i][1] > max_rows:
+                waves.append(wave)
+                wave, used = [], 0
+            if not wave or wave[-1][0] != number:
+                wave.append((number, []))
+            wave[-1][1].append(i)
+            used += requests[i][1]
+    return [*waves, wave] if wave else waves
+
+
+def _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, stats) -> None:
+    begin = time.perf_counter()
+    blocks, slots, hidden, positions = [], [], [], []
+    for number, indices in wave:
+        prompts = [requests[i][0] for i in indices]
+        ready = prefill(model, prompts, shared[number])
+        most = max(requests[i][1] for i in indices)
+        rows = np.full((len(indices), most), -1)
+        for at, i in enumerate(indices):
+            rows[at, : requests[i][1]] = np.arange(first[i], first[i + 1])
+        blocks.append(kv.Block(rows.size, ready.prefixes))
+        slots.append(rows)
+        hidden.append(mx.repeat(ready.hidden, most, axis=0))
+        positions.append(np.repeat([p.next_position for p in prompts], most))
+        stats.prefill_tokens += int(ready.prefixes[-1].lengths.sum())
+    middle = time.perf_counter()
+    stats.prefill_seconds += middle - begin
+    batch = _Batch(model, blocks, slots, mx.concatenate(hidden), np.concatenate(positions).astype(np.int32))
+    batch.decode(draw, uniforms, collected, stats)
+    stats.decode_seconds += time.perf_counter() - middle
+
+
+class _Draw:
+    """Tokens (B,) and their log-probabilities (B,) from logits (B, V)."""
+
+    def __init__(self, model, temperature: float, top_p: float, logprobs: bool):
+        self.model, self.temperature, self.top_p, self.logprobs = model, temperature, top_p, logprobs
+        self.allowed = None
+        if model.visual_ids:
+            allowed = np.ones(model.vocab_size, bool)
+            allowed[sorted(model.visual_ids)] = False
+            self.allowed = mx.array(allowed)
+
+    def __call__(self, hidden: mx.array, uniforms: np.ndarray | None) -> tuple[mx.array, mx.array]:
+        logits = self.model.head(hidden).astype(mx.float32)
+        if self.temperature == 0:
+            return self._greedy(logits)
+        probabilities = mx.softmax(logits * (1.0 / self.temperature), axis=-1)
+        tokens = self._invert(probabilities, mx.array(uniforms)[:, None])
+        return tokens.squeeze(-1), mx.log(mx.take_along_axis(probabilities, tokens, axis=-1)).squeeze(-1)
+
+    def _greedy(self, logits):
+        masked = logits if self.allowed is None else mx.where(self.allowed, logits, -mx.inf)
+        tokens = mx.argmax(masked, axis=-1)
+        if not self.logprobs:
+            return tokens, mx.zeros(tokens.shape)
+        picked = mx.take_along_axis(logits, tokens[:, None], axis=-1).squeeze(-1)
+        return tokens, picked - mx.logsumexp(logits, axis=-1)
+
+    def _invert(self, probabilities: mx.array, uniforms: mx.array) -> mx.array:
+        """The first token (B, 1) at which the cumulated probability passes `uniforms` (B, 1)."""
+        order = None
+        if self.allowed is not None:
+            probabilities = probabilities * self.allowed
+        if self.top_p < 1.0:
+            order = mx.argsort(-probabilities, axis=-1)
+            probabilities = mx.take_along_axis(probabilities, order, axis=-1)
+            total = probabilities.sum(axis=-1, keepdims=True)
+            before = mx.cumsum(probabilities, axis=-1) - probabilities
+            probabilities = probabilities * (before < self.top_p * total)
+        cumulated = mx.cumsum(probabilities, axis=-1)
+        # a hair below, so that rounding never puts the target beyond the last token
+        target = uniforms * (cumulated[:, -1:] * (1.0 - 1e-6))
+        passed = cumulated > target
+        if self.allowed is not None or order is not None:
+            passed = passed & (probabilities > 0)
+        tokens = mx.argmax(passed, axis=-1, keepdims=True)
+        return tokens if order is None else mx.take_along_axis(order, tokens, axis=-1)
+
+
+class _Collected:
+    """What was drawn for each of R rows."""
+
+    def __init__(self, rows: int, max_tokens: int, stops: np.ndarray):
+        self.ids = np.zeros((rows, max_tokens), np.int32)
+        self.logprobs = np.zeros((rows, max_tokens), np.float32)
+        self.lengths = np.zeros(rows, np.int64)
+        self.finished = np.zeros(rows, bool)
+        self.max_tokens, self.stops = max_tokens, stops
+        self._lazy: list[tuple[np.ndarray, int, mx.array]] = []
+
+    def add(self, slots: np.ndarray, step: int, tokens: mx.array, logprobs: mx.array) -> np.ndarray:
+        """Record a step's tokens; returns which slots (B,) go on."""
+        drawn = np.array(tokens)
+        live = np.flatnonzero(slots >= 0)
+        live = live[~self.finished[slots[live]]]
+        rows = slots[live]
+        self.ids[rows, step] = drawn[live]
+        self.lengths[rows] = step + 1
+        self.finished[rows] = np.isin(drawn[live], self.stops)
+        self._lazy.append((slots, step, logprobs))
+        going = np.zeros(len(slots), bool)
+        going[live] = ~self.finished[rows]
+        return going
+
+    def flush(self) -> None:
+        for slots, step, logprobs in self._lazy:
+            live = slots >= 0
+            self.logprobs[slots[live], step] = np.array(logprobs)[live]
+        self._lazy.clear()
+
+    def completions(self) -> list[Completion]:
+        rows = zip(self.ids, self.logprobs, self.lengths, self.finished, strict=True)
+        return [Completion(i[:n].copy(), p[:n].copy(), bool(f)) for i, p, n, f in rows]
+
+
+class _Batch:
+    """Rows being decoded: blocks of prompts x slots; `slots` holds row numbers, -1 where a slot is empty."""
+
+    def __init__(self, model, blocks, slots: list[np.ndarray], hidden: mx.array, positions: np.ndarray):
+        self.model, self.blocks, self.slots = model, blocks, slots
+        self.hidden, self.positions = hidden, positions
+        self.caches = kv.decode_caches(blocks)
+
+    @property
+    def flat(self) -> np.ndarray:
+        return np.concatenate([s.reshape(-1) for s in self.slots])
+
+    def decode(self, draw: _Draw, uniforms: np.ndarray | None, collected: _Collected, stats) -> None:
+        """Draw until every row has ended. A step is launched before the one before it is looked at."""
+        slots, step = self.flat, 0
+
+        def numbers():
+            return None if uniforms is None else uniforms[np.maximum(slots, 0), step]
+
+        tokens, logprobs = draw(self.hidden, numbers())
+        mx.async_eval(tokens, logprobs)
+        while True:
+            pending = (slots, step, tokens, logprobs)
+            step += 1
+            if step < collected.max_tokens:
+                tokens, logprobs = draw(self._forward(tokens, step - 1), numbers())
+                mx.async_eval(tokens, logprobs)
+                stats.row_steps += len(slots)
+            going = collected.add(*pending)
+            if step >= collected.max_tokens or not going.any():
+                break
+            kept = self._compact(going)
+            if kept is not None:
+                slots, index = self.flat, mx.array(kept)
+                tokens = tokens[index]
+                # the launched step's log-probabilities are recorded under the new slots
+                logprobs = logprobs[index]
+        collected.flush()
+
+    def _forward(self, tokens: mx.array, step: int) -> mx.array:
+        position = mx.array((self.positions + step)[:, None])
+        if self.model.uses_mrope:
+            position = mx.broadcast_to(position[None], (3, *position.shape))
+        return self.model.hidden(self.model.embed(tokens[:, None]), position, self.caches)[:, 0]
+
+    def _compact(self, going: np.ndarray) -> np.ndarray | None:
+        """Drop prompts that are done and slots that no prompt needs; returns the old rows (B',) kept."""
+        blocks, slots, kept, start = [], [], [], 0
+        for block, old in zip(self.blocks, self.slots, strict=True):
+            alive = going[start : start + block.rows].reshape(old.shape)
+            prompts = np.flatnonzero(alive.any(axis=1))
+            if len(prompts):
+                width = int(alive.sum(axis=1).max())
+                # living slots first; the rest of a narrower prompt's slots stay empty
+                order = np.argsort(~alive[prompts], axis=1, kind="stable")[:, :width]
+                empty = ~np.take_along_axis(alive[prompts], order, axis=1)
+                slots.append(np.where(empty, -1, np.take_along_axis(old[prompts], order, axis=1)))
+                kept.append((start + prompts[:, None] * old.shape[1] + order).reshape(-1))
+                prefixes = block.prefixes
+                if len(prompts) < len(old):
+                    prefixes = tuple(p if len(p.lengths) != len(old) else p.take(prompts) for p in prefixes)
+                blocks.append(kv.Block(slots[-1].size, prefixes))
+            start += block.rows
+        kept = np.concatenate(kept)
+        if len(kept) > COMPACT_BELOW * start:
+            return None
+        self.blocks, self.slots, self.positions = blocks, slots, self.positions[kept]
+        self.caches = kv.compact(self.caches, blocks, kept)
+        return kept
