@@ -1,0 +1,131 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from PIL import Image
+
+import mpi_mlx.assets
+from mpi_mlx.models import load_model
+from mpi_mlx.rollouts.sampler import sample
+from mpi_mlx.training.score import score, score_plain, split
+
+TINY = Path(mpi_mlx.assets.__file__).parent / "tiny"
+DOCUMENT = "If the sphere is red then answer yes. Otherwise say the colour of the largest cube. " * 4
+
+
+def shaken(model):
+    mx.random.seed(5)
+
+    def noisy(p):
+        return p + mx.random.normal(p.shape) / p.shape[-1] ** 0.5
+
+    model.net.update(tree_map(noisy, model.net.parameters()))
+    model.net.freeze()
+    model.parts.text.unfreeze()
+    return model
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return shaken(load_model("embedded:tiny", init="random"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    for file in [*TINY.glob("*token*"), TINY / "chat_template.jinja"]:
+        shutil.copy(file, folder)
+    config = json.loads((TINY / "config.json").read_text())
+    del config["vision_config"], config["rope_scaling"]
+    config.update(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, num_hidden_layers=2)
+    config.update(num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    return shaken(load_model(folder, init="random"))
+
+
+def encode(model, query, document=None, value=None):
+    messages = [{"role": "system", "content": document}] if document else []
+    content = query
+    if value is not None:
+        image = Image.fromarray(np.full((56, 84, 3), value, np.uint8))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": query}]
+    return model.encode([*messages, {"role": "user", "content": content}], generation_prompt=True)
+
+
+def completions(rng, *lengths):
+    return [rng.integers(8, 1000, n).astype(np.int32) for n in lengths]
+
+
+def cases(model, name):
+    """Groups of unequal prompts, completions and sizes; a leftover row."""
+    rng = np.random.default_rng(0)
+    pictures = (30, 30, 200) if model.is_multimodal else (None,) * 3
+    document = DOCUMENT if name == "document" else None
+    queries = ("what is it?", "and is the cube red, or the sphere?", "colour")
+    prompts = [encode(model, q, document, v) for q, v in zip(queries, pictures, strict=True)]
+    if name == "mixed":
+        prompts += [encode(model, q, DOCUMENT) for q in queries[:2]]
+    sizes = [(5, 12, 1), (7, 3, 9), (2, 2, 4), (3, 3, 3), (6, 1, 1)]
+    if name == "ragged":
+        sizes = [(5, 12, 1), (7,), (2, 9)]
+    return [(p, completions(rng, *s)) for p, s in zip(prompts, sizes, strict=False)]
+
+
+@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed"])
+@pytest.mark.parametrize("which", ["vision", "text"])
+def test_equals_plain_forward(which, name, request):
+    model = request.getfixturevalue(which)
+    groups = cases(model, name)
+    weight = mx.random.uniform(shape=(sum(len(c) for _, c in groups), 16))
+
+    def shared(_):
+        logprobs, mask = score(model, groups, temperature=0.9, chunk=7)
+        assert logprobs.shape == mask.shape == (len(weight), 16)
+        return (logprobs * weight * mask).sum(), logprobs, mask
+
+    def plain(_):
+        rows = [score_plain(model, p, c, temperature=0.9) for p, cs in groups for c in cs]
+        return sum((row * weight[i, : len(row)]).sum() for i, row in enumerate(rows)), rows
+
+    (a, logprobs, mask), gradients = nn.value_and_grad(model.net, shared)(0)
+    (b, rows), expected = nn.value_and_grad(model.net, plain)(0)
+    assert abs(float(a - b)) < 1e-5 * abs(float(b))
+    for ours, row in zip(split(logprobs, mask), rows, strict=True):
+        np.testing.assert_allclose(ours, np.array(row), rtol=1e-5, atol=1e-5)
+    expected = dict(tree_flatten(expected))
+    for key, value in tree_flatten(gradients):
+        error = float(mx.linalg.norm(value - expected[key])) / float(mx.linalg.norm(expected[key]))
+        assert error < 1e-4 or float(mx.linalg.norm(expected[key])) < 1e-6, (key, error)
+
+
+@pytest.mark.parametrize("which", ["vision", "text"])
+def test_sampler_and_scorer_agree(which, request):
+    """The drift that every RL step reports."""
+    model = request.getfixturevalue(which)
+    prompts = [encode(model, q) for q in ("what is it?", "and is the cube red?")]
+    prompts.append(encode(model, "which?", DOCUMENT, 30 if model.is_multimodal else None))
+    for temperature in (1.0, 0.7):
+        options = dict(num_samples=4, max_tokens=20, key=mx.random.key(0))
+        drawn = sample(model, prompts, temperature=temperature, **options)
+        groups = [(p, [c.ids for c in cs]) for p, cs in zip(prompts, drawn, strict=True)]
+        logprobs, mask = score(model, groups, temperature=temperature)
+        sampled = [c.logprobs for cs in drawn for c in cs]
+        drift = max(np.abs(a - b).max() for a, b in zip(split(logprobs, mask), sampled, strict=True))
+        assert drift < 1e-4
+
+
+def test_padding_changes_nothing(text):
+    """A row alone and beside longer ones: the same numbers."""
+    prompt, rng = encode(text, "what is it?"), np.random.default_rng(1)
+    short, long = completions(rng, 3, 30)
+    alone, mask = score(text, [(prompt, [short])])
+    beside, _ = score(text, [(prompt, [long, short])])
+    assert mask.shape == (1, 8)
+    np.testing.assert_allclose(alone[0, :3], beside[1, :3], atol=1e-5)
+    assert not np.array(alone)[np.array(mask) == 0].any()
