@@ -162,6 +162,7 @@ class Layout:
         self._base = mx.array(self.lengths)
         self._offset = (-1, self._base)
         self._biases: dict = {}
+        self.attended = True  # by the layer last asked: whether its attention came through `attend`
 
     def offset(self, own: int) -> mx.array:
         """Position (B,) of the next token when each row has `own` tokens of its own."""
@@ -222,7 +223,6 @@ class SharedPrefixCache:
         self.layout, self.layer, self.length = layout, layer, 0
         self.prefixes = [[(p.keys[layer], p.values[layer]) for p in b.prefixes] for b in layout.blocks]
         self.keys = self.values = None
-        self._attended = True
 
     @property
     def offset(self) -> mx.array:
@@ -234,12 +234,12 @@ class SharedPrefixCache:
         return _Window(window_size) if window_size is not None and window_size < longest else None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if not self._attended:
+        if not self.layout.attended:
             raise ModelError(
-                "this model's attention does not go through scaled_dot_product_attention, so prefixes cannot "
-                "be shared between rows; use another base model"
+                "this model's attention does not go through scaled_dot_product_attention (or kv.route_attention "
+                "was not called), so prefixes cannot be shared between rows; use another base model"
             )
-        self._attended = False
+        self.layout.attended = False
         keys, values = self._store(keys, values)
         self.length = keys.shape[2]
         return keys, values
@@ -250,7 +250,7 @@ class SharedPrefixCache:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
         """Attention (B, Hq, T, D) of `queries` over prefixes and the rows' own `keys` (B, H, L, D)."""
-        self._attended = True
+        self.layout.attended = True
         window = mask.size if isinstance(mask, _Window) else None
         biases = self.layout.biases(queries.shape[2], keys.shape[2], window)
         blocks = self.layout.blocks
