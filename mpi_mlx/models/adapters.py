@@ -22,22 +22,31 @@ CONFIG = "adapter_config.json"
 
 def adapter_tensors(model: Model) -> dict[str, mx.array]:
     """Name -> array of the adapters alone, in the order of the names."""
-    return {name: value for name, value in sorted(tree_flatten(model.net.parameters()))
-            if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") and _is_adapter(model, name)}
+    return {
+        name: value
+        for name, value in sorted(tree_flatten(model.net.parameters()))
+        if name.rsplit(".", 1)[-1] in ("lora_a", "lora_b", "m") and _is_adapter(model, name)
+    }
 
 
 def adapter_config(model: Model) -> dict:
     """adapter_config.json's content for a model with adapters."""
     spec = model.lora_spec
-    names = [name for name, module in model.net.named_modules() if isinstance(module, (LoRALinear, DoRALinear))]
+    names = [
+        name for name, module in model.net.named_modules() if isinstance(module, (LoRALinear, DoRALinear))
+    ]
     keys, num_layers = names, -1
     if not model.is_multimodal:
         keys, num_layers = _relative_keys(names, model)
     config = {
         "fine_tune_type": "dora" if spec.kind == "dora" else "lora",
         "num_layers": num_layers,
-        "lora_parameters": {"rank": spec.rank, "scale": lora_scale(spec.rank, spec.alpha, spec.kind),
-                            "dropout": spec.dropout, "keys": keys},
+        "lora_parameters": {
+            "rank": spec.rank,
+            "scale": lora_scale(spec.rank, spec.alpha, spec.kind),
+            "dropout": spec.dropout,
+            "keys": keys,
+        },
         "mpi_mlx": {"base": model.base, "alpha": spec.alpha, "kind": spec.kind},
     }
     if model.quantization:
@@ -71,7 +80,7 @@ def load_adapter(model: Model, folder: str | os.PathLike) -> None:
     On a model that has adapters already, the saved one must be of the same shape and replaces their values.
 
     Raises:
-        ModelError: files are missing or broken, or tensors do not fit; all of them are named with both shapes.
+        ModelError: files are missing or broken, or tensors do not fit (all are named, with both shapes).
     """
     folder = Path(folder)
     config, weights = _read(folder)
@@ -93,19 +102,27 @@ def put_tensors(model: Model, weights: dict[str, mx.array], where: str) -> None:
     own = adapter_tensors(model)
     problems = [f"{name} is missing (wanted {list(own[name].shape)})" for name in own if name not in weights]
     problems += [f"{name} {list(weights[name].shape)} is unexpected" for name in weights if name not in own]
-    problems += [f"{name} is {list(weights[name].shape)}, wanted {list(own[name].shape)}"
-                 for name in own if name in weights and weights[name].shape != own[name].shape]
+    problems += [
+        f"{name} is {list(weights[name].shape)}, wanted {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
     if problems:
-        raise ModelError(f"adapter {where} does not fit {model.base}: {len(problems)} tensors differ: "
-                         + "; ".join(problems))
+        raise ModelError(
+            f"adapter {where} does not fit {model.base}: {len(problems)} tensors differ: "
+            + "; ".join(problems)
+        )
     model.net.update(tree_unflatten([(name, weights[name].astype(own[name].dtype)) for name in own]))
     mx.eval(model.net.trainable_parameters())
 
 
 def remove_adapters(model: Model) -> None:
     """Takes the adapters off; the base is as it was loaded."""
-    found = [(name, module.linear) for name, module in model.net.named_modules()
-             if isinstance(module, (LoRALinear, DoRALinear))]
+    found = [
+        (name, module.linear)
+        for name, module in model.net.named_modules()
+        if isinstance(module, (LoRALinear, DoRALinear))
+    ]
     model.net.update_modules(tree_unflatten(found))
     model.lora_spec, model.projector_trained = None, False
     model.forget_features()
@@ -134,16 +151,20 @@ def _relative_keys(names: list[str], model: Model) -> tuple[list[str], int]:
 def _read(folder: Path) -> tuple[dict, dict[str, mx.array]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} is no MLX adapter: {name} is missing; PEFT adapters go through "
-                             "`mpi-mlx convert` first")
+            raise ModelError(
+                f"{folder} is no MLX adapter: {name} is missing; PEFT adapters go through "
+                "`mpi-mlx convert` first"
+            )
     check_safetensors(folder / WEIGHTS)
     try:
         config = json.loads((folder / CONFIG).read_text())
         parameters = config["lora_parameters"]
         parameters["rank"], parameters["scale"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / CONFIG} lacks mlx-vlm's lora_parameters ({error}); PEFT adapters go through "
-                         "`mpi-mlx convert` first") from None
+        raise ModelError(
+            f"{folder / CONFIG} lacks mlx-vlm's lora_parameters ({error}); PEFT adapters go through "
+            "`mpi-mlx convert` first"
+        ) from None
     return config, mx.load(str(folder / WEIGHTS))
 
 
@@ -155,28 +176,39 @@ def _plan(model: Model, folder: Path, config: dict) -> tuple[SimpleNamespace, li
         raise ModelError(f"{folder} is a {config['fine_tune_type']!r} checkpoint, not an adapter")
     keys = parameters.get("keys")
     if keys is None:
-        layers = {name.removesuffix(".lora_a") for name in mx.load(str(folder / WEIGHTS)) if name.endswith(".lora_a")}
+        layers = {
+            name.removesuffix(".lora_a")
+            for name in mx.load(str(folder / WEIGHTS))
+            if name.endswith(".lora_a")
+        }
         names = [name for name in available if name in layers]
         missing = sorted(layers - set(names))
     else:
         count = config.get("num_layers", -1)
         first = max(0, model.num_layers - count) if count and count > 0 else 0
-        paths = [f"{model.parts.text_path}layers.{index}." for index in range(first, model.num_layers)]
+        paths = [f"{model.parts.text_path}{index}." for index in range(first, model.num_layers)]
         names, missing = [], []
         for key in keys:
             found = [key] if key in available else [path + key for path in paths if path + key in available]
             names += found
             missing += [] if found else [key]
     if missing or not names:
-        raise ModelError(f"adapter {folder} does not fit {model.base}: it has no linear "
-                         f"{', '.join(missing[:5]) or 'of those names'}")
+        raise ModelError(
+            f"adapter {folder} does not fit {model.base}: it has no linear "
+            f"{', '.join(missing[:5]) or 'of those names'}"
+        )
     names = [name for name in available if name in set(names)]
     extra = config.get("mpi_mlx", {})
     kind = "dora" if config.get("fine_tune_type") == "dora" else extra.get("kind", "lora")
     rank, scale = int(parameters["rank"]), float(parameters["scale"])
     alpha = scale * (rank**0.5 if kind == "rslora" else rank)
     path = model.parts.projector_path
-    spec = SimpleNamespace(rank=rank, alpha=extra.get("alpha", alpha), dropout=float(parameters.get("dropout", 0.0)),
-                           kind=kind, targets=names,
-                           projector=bool(path) and any(name.startswith(path + ".") for name in names))
+    spec = SimpleNamespace(
+        rank=rank,
+        alpha=extra.get("alpha", alpha),
+        dropout=float(parameters.get("dropout", 0.0)),
+        kind=kind,
+        targets=names,
+        projector=bool(path) and any(name.startswith(path + ".") for name in names),
+    )
     return spec, names, scale

@@ -22,7 +22,8 @@ FEATURE_CACHE_BYTES = 512 << 20
 class Model:
     """A loaded model: conversations in, hidden states and logits out.
 
-    Made by :func:`mpi_mlx.models.load_model`. Shapes: B rows, T tokens, D hidden, V vocabulary, N visual tokens.
+    Made by :func:`mpi_mlx.models.load_model`. Shapes: B rows, T tokens, D hidden, V vocabulary, N visual
+    tokens.
 
     Attributes:
         net: the mlx-vlm or mlx-lm module, which owns every parameter.
@@ -32,8 +33,18 @@ class Model:
         visual_ids: ids that may never be sampled.
     """
 
-    def __init__(self, net: nn.Module, family: TextFamily, tokenizer: Any, template: str, config: dict, path: Path,
-                 base: str, eos_ids: Sequence[int] = (), signature: str = ""):
+    def __init__(
+        self,
+        net: nn.Module,
+        family: TextFamily,
+        tokenizer: Any,
+        template: str,
+        config: dict,
+        path: Path,
+        base: str,
+        eos_ids: Sequence[int] = (),
+        signature: str = "",
+    ):
         self.net, self.config, self.path, self.base = net, config, Path(path), base
         self.tokenizer, self.processor = tokenizer, family.processor
         self.parts = family
@@ -81,8 +92,13 @@ class Model:
 
     # ---- text
 
-    def encode(self, messages: Sequence[Mapping], *, tools: Sequence[Mapping] | None = None,
-               generation_prompt: bool = False) -> Encoded:
+    def encode(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        tools: Sequence[Mapping] | None = None,
+        generation_prompt: bool = False,
+    ) -> Encoded:
         """Tokenizes a conversation with the model's own chat template.
 
         Args:
@@ -103,12 +119,15 @@ class Model:
         try:
             positions = self.parts.positions(visual, images)
         except ValueError as error:
-            raise DataError(f"the conversation's images and placeholders do not match: {error}; "
-                            f"is {self.parts.image_token!r} written in the text?") from None
+            raise DataError(
+                f"the conversation's images and placeholders do not match: {error}; "
+                f"is {self.parts.image_token!r} written in the text?"
+            ) from None
         return Encoded(ids, assistant, visual, images, positions)
 
-    def _tokenize(self, pieces: Sequence[tuple[str, bool]], images: Sequence[ImageInput]
-                  ) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(
+        self, pieces: Sequence[tuple[str, bool]], images: Sequence[ImageInput]
+    ) -> tuple[np.ndarray, np.ndarray]:
         ids, flags, used = [], [], 0
         for text, is_turn in pieces:
             token = self.parts.image_token
@@ -118,14 +137,18 @@ class Model:
                     raise DataError(f"the text holds the image placeholder {token!r}; remove it")
                 chosen = images[used : used + len(parts) - 1]
                 used += len(chosen)
-                text = parts[0] + "".join(self.parts.placeholder(image) + rest
-                                          for image, rest in zip(chosen, parts[1:], strict=True))
+                text = parts[0] + "".join(
+                    self.parts.placeholder(image) + rest
+                    for image, rest in zip(chosen, parts[1:], strict=True)
+                )
             piece = self._chat.token_ids(text)
             ids.append(piece)
             flags.append(np.full(len(piece), is_turn))
         if used != len(images):
-            raise DataError(f"the chat template of {self.base} shows {used} of {len(images)} images; "
-                            "it may not take images in this role")
+            raise DataError(
+                f"the chat template of {self.base} shows {used} of {len(images)} images; "
+                "it may not take images in this role"
+            )
         return np.concatenate(ids), np.concatenate(flags)
 
     def encode_completion(self, text: str) -> np.ndarray:
@@ -191,7 +214,7 @@ class Model:
             features: (N, D_features), the rows' visual tokens in reading order, N = number of placeholders.
 
         Returns:
-            (B, T, D).
+            (B, T, D); wider for Qwen3-VL, whose deepstack features ride along until :meth:`hidden`.
         """
         text = self.parts.embed_tokens(ids if isinstance(ids, mx.array) else mx.array(ids))
         if features is None:
@@ -204,7 +227,9 @@ class Model:
         index = np.maximum(np.cumsum(where.reshape(-1)) - 1, 0).reshape(where.shape)
         return mx.where(mx.array(where)[..., None], features.astype(text.dtype)[mx.array(index)], text)
 
-    def hidden(self, embeds: mx.array, position_ids: mx.array | np.ndarray, cache: list | None = None) -> mx.array:
+    def hidden(
+        self, embeds: mx.array, position_ids: mx.array | np.ndarray, cache: list | None = None
+    ) -> mx.array:
         """Final-norm hidden states (B, T, D) of embeddings (B, T, D).
 
         Args:
@@ -221,10 +246,10 @@ class Model:
         return self.parts.head(hidden)
 
     def head_weight(self) -> mx.array | None:
-        """(V, D) with ``logits = hidden @ weight.T``; None when the head is quantized, biased or not linear."""
+        """(V, D) with ``logits = hidden @ weight.T``; None when the head is quantized or not linear."""
         module = self.parts.head_module
         plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
-        return module.weight if plain and self.parts.plain_head else None
+        return module.weight if plain else None
 
     # ---- adapters
 

@@ -1,4 +1,4 @@
-"""From a config to an mlx module: definitions come from mlx-vlm and mlx-lm, never from a checkpoint's code."""
+"""From a config to an mlx module: definitions are mlx-vlm's and mlx-lm's, never a checkpoint's code."""
 
 import copy
 import importlib
@@ -8,7 +8,11 @@ import mlx.nn as nn
 
 from mpi_mlx.errors import ModelError
 
-VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava", "gemma3")
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "llava")
+REFUSED = {
+    "gemma3": "its tokens attend in both directions inside an image, which shared prompts do not reproduce",
+    "paligemma": "its prompt attends in both directions, which shared prompts do not reproduce",
+}
 
 
 def model_type(config: dict) -> str:
@@ -28,9 +32,16 @@ def is_multimodal(config: dict) -> bool:
     name = model_type(config)
     if name in VISION_FAMILIES:
         return True
+    if name in REFUSED:
+        raise ModelError(
+            f"vision-language family {name!r} is not supported: {REFUSED[name]}; "
+            f"choose one of {', '.join(VISION_FAMILIES)}"
+        )
     if config.get("vision_config"):
-        raise ModelError(f"vision-language family {name!r} is not supported; "
-                         f"supported are {', '.join(VISION_FAMILIES)} and mlx-lm's text-only families")
+        raise ModelError(
+            f"vision-language family {name!r} is not supported; "
+            f"supported are {', '.join(VISION_FAMILIES)} and mlx-lm's text-only families"
+        )
     return False
 
 
@@ -76,5 +87,7 @@ def text_classes(config: dict) -> tuple[type, type]:
     try:
         return _get_classes(config)
     except ValueError:
-        raise ModelError(f"model family {model_type(config)!r} is unknown to mlx-lm and mlx-vlm; "
-                         "choose another base or upgrade them") from None
+        raise ModelError(
+            f"model family {model_type(config)!r} is unknown to mlx-lm and mlx-vlm; "
+            "choose another base or upgrade them"
+        ) from None

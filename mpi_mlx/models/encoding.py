@@ -56,7 +56,8 @@ class Encoded:
             assistant=np.concatenate([self.assistant, np.ones(len(tail), dtype=bool)]),
             visual=np.concatenate([self.visual, np.zeros(len(tail), dtype=bool)]),
             position_ids=np.concatenate(
-                [self.position_ids, np.broadcast_to(positions, (len(self.position_ids), len(tail)))], axis=1),
+                [self.position_ids, np.broadcast_to(positions, (len(self.position_ids), len(tail)))], axis=1
+            ),
         )
 
 
@@ -89,8 +90,9 @@ class ChatEncoder:
         self.token_ids = lru_cache(maxsize=4096)(self._token_ids)
         self.end_of_turn = self._find_end_of_turn()
 
-    def segments(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None,
-                 generation_prompt: bool) -> list[tuple[str, bool]]:
+    def segments(
+        self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None, generation_prompt: bool
+    ) -> list[tuple[str, bool]]:
         """The conversation's text as (text, is an assistant turn) pieces in order.
 
         A last assistant turn ends with its end-of-turn token, so that it equals a sampled completion.
@@ -105,17 +107,27 @@ class ChatEncoder:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         last = messages[-1] if turns and turns[-1] == len(messages) - 1 and not generation_prompt else None
         if last is not None and not last.get("tool_calls"):
-            head = self.segments_of(messages[:-1], tools, True) if len(messages) > 1 else [
-                (self.render([dict(last, content=_SENTINEL.format(0))], tools, False).split(
-                    _SENTINEL.format(0))[0], False)]
+            head = (
+                self.segments_of(messages[:-1], tools, True)
+                if len(messages) > 1
+                else [
+                    (
+                        self.render([dict(last, content=_SENTINEL.format(0))], tools, False).split(
+                            _SENTINEL.format(0)
+                        )[0],
+                        False,
+                    )
+                ]
+            )
             return head + [(content_text(last.get("content")) + self.end_of_turn, True)]
         pieces = self.segments_of(messages, tools, generation_prompt)
         if last is not None:  # what the template writes after the last end of turn is not trained on
             pieces = pieces[:-1] if not pieces[-1][1] else pieces
         return pieces
 
-    def segments_of(self, messages: list[Mapping], tools: Any, generation_prompt: bool
-                    ) -> list[tuple[str, bool]]:
+    def segments_of(
+        self, messages: list[Mapping], tools: Any, generation_prompt: bool
+    ) -> list[tuple[str, bool]]:
         """Renders all messages by the template and cuts out the assistant turns."""
         turns, masked = [], []
         for message in messages:
@@ -132,8 +144,10 @@ class ChatEncoder:
             if not found or not ended:
                 raise ModelError(f"{self.name}: the chat template drops or reorders assistant turns")
             text = content_text(turn.get("content"))
-            if not text:
-                after = after.lstrip("\n")
+            if (
+                not text or not after.strip()
+            ):  # a template's own space there would split turns from completions
+                after = after.lstrip()
             pieces += [(before, False), (text + after + self.end_of_turn, True)]
             rest = tail
         return [piece for piece in pieces + [(rest, False)] if piece[0]]
@@ -143,8 +157,12 @@ class ChatEncoder:
         shaped = [dict(message, content=self._shape(message)) for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                shaped, chat_template=self.template, tools=list(tools) if tools else None, tokenize=False,
-                add_generation_prompt=generation_prompt)
+                shaped,
+                chat_template=self.template,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise DataError(f"the chat template of {self.name} refuses this conversation: {error}") from error
 
@@ -153,14 +171,20 @@ class ChatEncoder:
         if isinstance(content, (list, tuple)):
             if any(part.get("type") == "image" for part in content):
                 if self.image_token is None:
-                    raise ModelError(f"{self.name} is a text-only model and reads no images; "
-                                     "choose a vision-language base or remove the images")
+                    raise ModelError(
+                        f"{self.name} is a text-only model and reads no images; "
+                        "choose a vision-language base or remove the images"
+                    )
                 if message["role"] == "assistant":
                     raise DataError("an assistant turn holds an image; only text can be trained on")
             if self.image_token is None or message["role"] == "assistant" and not self.list_content:
                 return content_text(content)
-            return [{"type": "image"} if part.get("type") == "image" else
-                    {"type": "text", "text": part.get("text", "")} for part in content]
+            return [
+                {"type": "image"}
+                if part.get("type") == "image"
+                else {"type": "text", "text": part.get("text", "")}
+                for part in content
+            ]
         text = content_text(content)
         return [{"type": "text", "text": text}] if self.list_content else text
 
@@ -172,8 +196,9 @@ class ChatEncoder:
     def _find_end_of_turn(self) -> str:
         """The special token that the template writes after an assistant turn, else the eos token."""
         marker = _SENTINEL.format(0)
-        text = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}],
-                           None, False)
+        text = self.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], None, False
+        )
         after = text.partition(marker)[2].strip()
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         special += sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
@@ -187,5 +212,10 @@ class ChatEncoder:
 
 def message_images(messages: Sequence[Mapping]) -> list[Any]:
     """The image sources of a conversation in reading order."""
-    return [part["image"] for message in messages if isinstance(message.get("content"), (list, tuple))
-            for part in message["content"] if part.get("type") == "image"]
+    return [
+        part["image"]
+        for message in messages
+        if isinstance(message.get("content"), (list, tuple))
+        for part in message["content"]
+        if part.get("type") == "image"
+    ]

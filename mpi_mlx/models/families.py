@@ -15,8 +15,6 @@ from mpi_mlx.models import qwen_vision
 from mpi_mlx.models.images import ImageInput, Processed
 from mpi_mlx.models.positions import contiguous_positions, mrope_positions
 
-_HEAD_EXTRAS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
-
 
 class TextFamily:
     """mlx-lm's decoder-only models. Rotary positions come from the cache's offset, so they are contiguous."""
@@ -41,7 +39,7 @@ class TextFamily:
     @property
     def text_path(self) -> str:
         """Where the decoder layers' linears live in the parameter tree."""
-        return "model."
+        return "model.layers."
 
     @property
     def head_module(self) -> nn.Module:
@@ -57,11 +55,6 @@ class TextFamily:
     def dtype(self) -> mx.Dtype:
         embedding = self.text.embed_tokens
         return embedding.scales.dtype if "scales" in embedding else embedding.weight.dtype
-
-    @property
-    def plain_head(self) -> bool:
-        """Whether logits are the head's product and nothing else (no soft-capping, no scaling)."""
-        return not any(self.config.get(name) for name in _HEAD_EXTRAS)
 
     def embed_tokens(self, ids: mx.array) -> mx.array:
         return self.text.embed_tokens(ids)
@@ -93,7 +86,7 @@ class VisionFamily(TextFamily):
 
     @property
     def text_path(self) -> str:
-        return "language_model.model."
+        return "language_model.model.layers."
 
     @property
     def head_module(self) -> nn.Module:
@@ -141,8 +134,13 @@ class Qwen2_5VL(VisionFamily):
 
     def visual_tokens(self) -> set[int]:
         config = self.net.config
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-                 "vision_token_id")
+        names = (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+            "vision_token_id",
+        )
         return {int(value) for name in names if (value := getattr(config, name, None)) is not None}
 
     def positions(self, visual: np.ndarray, images: tuple[ImageInput, ...]) -> np.ndarray:
@@ -166,11 +164,3 @@ class Qwen2_5VL(VisionFamily):
         merger = self.net.vision_tower.merger
         out = merger(states.reshape(-1, merger.hidden_size // self.merge_size**2))
         return out.reshape(*states.shape[:-1], -1)
-
-
-FAMILIES: dict[str, type[TextFamily]] = {"qwen2_5_vl": Qwen2_5VL}
-
-
-def family_of(name: str) -> type[TextFamily]:
-    """The family of a model type; text-only unless listed."""
-    return FAMILIES.get(name, TextFamily)

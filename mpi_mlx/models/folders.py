@@ -41,30 +41,40 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except (HFValidationError, RepositoryNotFoundError):
-        raise ModelError(f"{name} is neither a folder nor a model on the hub (or it is private: "
-                         "log in with `hf auth login`)") from None
+        raise ModelError(
+            f"{name} is neither a folder nor a model on the hub (or it is private: "
+            "log in with `hf auth login`)"
+        ) from None
     except HfHubHTTPError as error:
         raise ModelError(f"the hub refused {name}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # no network shows as many types, down to httpx's
-        raise ModelError(f"{name} is not a local folder and the hub cannot be reached "
-                         f"({type(error).__name__}); connect, or give a folder") from None
+        raise ModelError(
+            f"{name} is not a local folder and the hub cannot be reached "
+            f"({type(error).__name__}); connect, or give a folder"
+        ) from None
 
 
 def read_config(folder: Path) -> dict:
     """config.json, with generation_config.json's ``eos_token_id``. Raises ModelError when unusable."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json; give a model folder as transformers or mlx-vlm save it")
+        raise ModelError(
+            f"{folder} has no config.json; give a model folder as transformers or mlx-vlm save it"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         generation = folder / "generation_config.json"
         extra = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{folder}: broken JSON beside the weights ({error}); download the model again") from None
+        raise ModelError(
+            f"{folder}: broken JSON beside the weights ({error}); download the model again"
+        ) from None
     if not isinstance(config, dict) or not isinstance(extra, dict):
         raise ModelError(f"{path} holds no object; download the model again")
     if config.get("model_file") or config.get("auto_map", {}).get("AutoModel") and "model_type" not in config:
-        raise ModelError(f"{folder} wants to run its own Python code, which is never done; choose another base")
+        raise ModelError(
+            f"{folder} wants to run its own Python code, which is never done; choose another base"
+        )
     if extra.get("eos_token_id") is not None:
         config["eos_token_id"] = extra["eos_token_id"]
     model_type(config)
@@ -81,14 +91,21 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{index} is broken ({error}); download the model again") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files); "
-                             "download the model again")
+            raise ModelError(
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files); "
+                "download the model again"
+            )
         files = [folder / name for name in names]
     else:
-        files = sorted(path for path in folder.glob("*.safetensors")
-                       if not path.name.startswith(("adapter", "consolidated")))
+        files = sorted(
+            path
+            for path in folder.glob("*.safetensors")
+            if not path.name.startswith(("adapter", "consolidated"))
+        )
     if not files:
-        others = [path.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.npz") for path in folder.glob(pattern)]
+        others = [
+            path.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.npz") for path in folder.glob(pattern)
+        ]
         hint = f" ({others[0]} is not read: convert it to safetensors)" if others else ""
         raise ModelError(f"{folder} has no weights (*.safetensors){hint}; download the model again")
     for path in files:
@@ -107,7 +124,9 @@ def check_safetensors(path: Path) -> dict:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not length or 8 + length > size:
-            raise ModelError(f"{path} is truncated or no safetensors file ({size:,} bytes); download it again")
+            raise ModelError(
+                f"{path} is truncated or no safetensors file ({size:,} bytes); download it again"
+            )
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -129,7 +148,13 @@ def check_rope(config: dict, reads_rope_parameters: bool) -> None:
     if reads_rope_parameters:
         return
     for scope in (config, config.get("text_config") or {}):
-        if isinstance(scope, dict) and scope.get("rope_parameters") and "rope_theta" not in scope \
-                and "rope_theta" not in config:
-            raise ModelError("this folder was saved by transformers 5 (rope_parameters), which the MLX definition "
-                             "misreads; run `mpi-mlx convert` on it first")
+        if (
+            isinstance(scope, dict)
+            and scope.get("rope_parameters")
+            and "rope_theta" not in scope
+            and "rope_theta" not in config
+        ):
+            raise ModelError(
+                "this folder was saved by transformers 5 (rope_parameters), which the MLX definition "
+                "misreads; run `mpi-mlx convert` on it first"
+            )

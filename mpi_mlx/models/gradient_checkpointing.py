@@ -1,4 +1,4 @@
-"""Gradient checkpointing: each decoder layer keeps only its input and is computed again in the backward pass."""
+"""Gradient checkpointing: a decoder layer keeps only its input and is computed again in the backward pass."""
 
 import copy
 from typing import Any
@@ -12,8 +12,8 @@ from mpi_mlx.models.base import Model
 def enable_gradient_checkpointing(model: Model, on: bool = True) -> None:
     """Switches it on or off for the model's decoder layers. Any number of calls is like the last one.
 
-    The layers' own class is exchanged for a subclass of it, so other models of the same class, parameter names
-    and the module tree stay as they are. Keys and values that caches hold or record keep their gradient.
+    The layers' own class is exchanged for a subclass of it, so other models of that class, parameter names and
+    the module tree stay as they are. Keys and values that caches hold or record keep their gradient.
     """
     for layer in model.layers:
         plain = getattr(type(layer), "_checkpointed", None)
@@ -33,8 +33,11 @@ _CLASSES: dict[type, type] = {}
 
 def _checkpointed_class(plain: type) -> type:
     if plain not in _CLASSES:
-        _CLASSES[plain] = type(plain.__name__, (plain,), {
-            "__call__": _call, "__module__": plain.__module__, "_checkpointed": plain})
+        _CLASSES[plain] = type(
+            plain.__name__,
+            (plain,),
+            {"__call__": _call, "__module__": plain.__module__, "_checkpointed": plain},
+        )
     return _CLASSES[plain]
 
 

@@ -105,8 +105,13 @@ class ImageStore:
         limit_bytes: bound on kept pixel arrays; evicted ones are made again from the source.
     """
 
-    def __init__(self, process: Callable[[Image.Image], Processed], signature: str = "",
-                 limit_bytes: int = 256 << 20, limit_images: int = 16384):
+    def __init__(
+        self,
+        process: Callable[[Image.Image], Processed],
+        signature: str = "",
+        limit_bytes: int = 256 << 20,
+        limit_images: int = 16384,
+    ):
         self._process = process
         self._signature = signature.encode()
         self._pixels: ByteLRU[np.ndarray] = ByteLRU(limit_bytes)

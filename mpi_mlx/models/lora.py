@@ -27,8 +27,8 @@ def attach_lora(model: Model, spec: Any, key: mx.array | None = None) -> list[st
     """Freezes the model and puts adapters on the linears that ``spec`` names.
 
     Args:
-        spec: rank, alpha, dropout, targets ("all-linear", or a list of suffixes such as ``q_proj`` and qualified
-            names), kind ("lora", "rslora", "dora"), projector (adapt the projector's linears too).
+        spec: rank, alpha, dropout, targets ("all-linear", or a list of suffixes such as ``q_proj`` and
+            qualified names), kind ("lora", "rslora", "dora"), projector (adapt the projector's linears too).
         key: of the init; the same key gives the same adapters on every machine. Default ``mx.random.key(0)``.
 
     Returns:
@@ -42,22 +42,32 @@ def attach_lora(model: Model, spec: Any, key: mx.array | None = None) -> list[st
     if spec.kind not in KINDS:
         raise ModelError(f"lora.kind is one of {', '.join(KINDS)}, not {spec.kind!r}")
     names = resolve_targets(model, spec.targets, getattr(spec, "projector", False))
-    put_layers(model, names, spec.rank, lora_scale(spec.rank, spec.alpha, spec.kind), spec.dropout,
-               spec.kind == "dora", mx.random.key(0) if key is None else key)
+    put_layers(
+        model,
+        names,
+        spec.rank,
+        lora_scale(spec.rank, spec.alpha, spec.kind),
+        spec.dropout,
+        spec.kind == "dora",
+        mx.random.key(0) if key is None else key,
+    )
     model.lora_spec = spec
     return names
 
 
-def put_layers(model: Model, names: list[str], rank: int, scale: float, dropout: float, dora: bool,
-               key: mx.array) -> None:
+def put_layers(
+    model: Model, names: list[str], rank: int, scale: float, dropout: float, dora: bool, key: mx.array
+) -> None:
     """Replaces the named linears by adapted ones; everything else is frozen."""
     model.net.freeze()
     modules = linears(model)
     kind = DoRALinear if dora else LoRALinear
     keys = mx.random.split(key, len(names))
     ordered = sorted(names)
-    layers = {name: kind(modules[name], rank, scale, dropout, keys[index], model.adapters)
-              for index, name in enumerate(ordered)}
+    layers = {
+        name: kind(modules[name], rank, scale, dropout, keys[index], model.adapters)
+        for index, name in enumerate(ordered)
+    }
     model.net.update_modules(tree_unflatten(list(layers.items())))
     for layer in layers.values():
         layer.train(model.net.training)
@@ -92,8 +102,10 @@ def resolve_targets(model: Model, targets: str | list[str], projector: bool = Fa
         for target in [targets] if isinstance(targets, str) else targets:
             if target in available:
                 if target not in text and target not in merger and not _is_head(target):
-                    raise ModelError(f"LoRA target {target!r} is in the vision tower, which stays frozen; "
-                                     "adapt decoder layers, or the projector with lora.projector: true")
+                    raise ModelError(
+                        f"LoRA target {target!r} is in the vision tower, which stays frozen; "
+                        "adapt decoder layers, or the projector with lora.projector: true"
+                    )
                 found = [target]
             else:
                 found = [name for name in text if name.endswith("." + target)]
@@ -116,11 +128,15 @@ def _is_head(name: str) -> bool:
 
 
 def _no_match(target: str, names: list[str]) -> str:
-    suffixes = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()))
+    suffixes = list(
+        dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
+    )
     close = difflib.get_close_matches(target, suffixes + names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    return (f"LoRA target {target!r} matches no linear layer{hint} suffixes: {', '.join(suffixes)}; "
-            f"or a full name such as {names[0]}")
+    return (
+        f"LoRA target {target!r} matches no linear layer{hint} suffixes: {', '.join(suffixes)}; "
+        f"or a full name such as {names[0]}"
+    )
 
 
 def trainable_parameters(model: Model) -> dict[str, mx.array]:

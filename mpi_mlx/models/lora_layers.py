@@ -29,8 +29,15 @@ class LoRALinear(VlmLoRALinear):
         switch: the update is left out while ``switch.enabled`` is False.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array,
-                 switch: SimpleNamespace):
+    def __init__(
+        self,
+        linear: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        key: mx.array,
+        switch: SimpleNamespace,
+    ):
         nn.Module.__init__(self)
         self.linear = linear
         self.dropout = nn.Dropout(p=dropout)
@@ -46,7 +53,7 @@ class LoRALinear(VlmLoRALinear):
         if not self.switch.enabled:
             return y
         # scaling the (T, rank) product, not the (T, outputs) one: element-wise work is what costs on CPU
-        z = (((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b)
+        z = ((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b
         return y + z.astype(x.dtype)
 
 
@@ -57,8 +64,15 @@ class DoRALinear(VlmDoRALinear):
     Same arguments as :class:`LoRALinear`.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array,
-                 switch: SimpleNamespace):
+    def __init__(
+        self,
+        linear: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        key: mx.array,
+        switch: SimpleNamespace,
+    ):
         nn.Module.__init__(self)
         self.linear = linear
         self.dropout = nn.Dropout(p=dropout)
@@ -76,16 +90,25 @@ class DoRALinear(VlmDoRALinear):
     def _product(self, x: mx.array) -> mx.array:
         linear = self.linear
         if isinstance(linear, nn.QuantizedLinear):
-            return mx.quantized_matmul(x, linear.weight, scales=linear.scales, biases=linear.get("biases"),
-                                       transpose=True, group_size=linear.group_size, bits=linear.bits,
-                                       mode=getattr(linear, "mode", "affine"))
+            return mx.quantized_matmul(
+                x,
+                linear.weight,
+                scales=linear.scales,
+                biases=linear.get("biases"),
+                transpose=True,
+                group_size=linear.group_size,
+                bits=linear.bits,
+                mode=getattr(linear, "mode", "affine"),
+            )
         return x @ linear.weight.T
 
     def _norm(self) -> mx.array:
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
         cross = self._product(a.T.astype(self.linear_dtype)).astype(mx.float32)  # (rank, outputs): A^T W^T
         gram = (a.T @ a) @ b
-        square = self._square + 2 * self.scale * (cross * b).sum(axis=0) + self.scale**2 * (gram * b).sum(axis=0)
+        square = (
+            self._square + 2 * self.scale * (cross * b).sum(axis=0) + self.scale**2 * (gram * b).sum(axis=0)
+        )
         return mx.sqrt(mx.maximum(square, 1e-24))
 
     @property

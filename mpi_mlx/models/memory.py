@@ -38,8 +38,15 @@ class MemoryEstimate:
         return self.weights + self.adapter + self.optimizer + self.activations + self.logits
 
 
-def memory_estimate(model: Model, *, rows: int, tokens: int, optimizer: str = "adamw",
-                    gradient_checkpointing: bool = False, head_chunk: int = 512) -> MemoryEstimate:
+def memory_estimate(
+    model: Model,
+    *,
+    rows: int,
+    tokens: int,
+    optimizer: str = "adamw",
+    gradient_checkpointing: bool = False,
+    head_chunk: int = 512,
+) -> MemoryEstimate:
     """What one micro step will take, in bytes. An estimate: within a third of the measured peak on CPU.
 
     Args:
@@ -58,4 +65,6 @@ def memory_estimate(model: Model, *, rows: int, tokens: int, optimizer: str = "a
     layer = rows * tokens * per_token + scores
     kept = layers * rows * tokens * hidden * size + layer if gradient_checkpointing else layers * layer
     logits = 3 * min(head_chunk, rows * tokens) * model.vocab_size * 4
-    return MemoryEstimate(weights - adapter, 2 * adapter, _OPTIMIZER_COPIES.get(optimizer, 2) * adapter, kept, logits)
+    return MemoryEstimate(
+        weights - adapter, 2 * adapter, _OPTIMIZER_COPIES.get(optimizer, 2) * adapter, kept, logits
+    )

@@ -12,12 +12,19 @@ _QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 def quantization_of(net: nn.Module) -> dict[str, dict]:
     """``{module: {group_size, bits, mode}}`` of the quantized modules (mlx-vlm's ``base_quantization``)."""
-    return {name: {"group_size": module.group_size, "bits": module.bits, "mode": getattr(module, "mode", "affine")}
-            for name, module in net.named_modules() if isinstance(module, _QUANTIZED)}
+    return {
+        name: {
+            "group_size": module.group_size,
+            "bits": module.bits,
+            "mode": getattr(module, "mode", "affine"),
+        }
+        for name, module in net.named_modules()
+        if isinstance(module, _QUANTIZED)
+    }
 
 
 def quantize(net: nn.Module, bits: int) -> dict[str, dict]:
-    """Quantizes the text stack's linears and embedding in place; vision towers and projectors stay as they are.
+    """Quantizes the text stack's linears and embedding in place; vision towers and projectors stay.
 
     A net that is quantized already is left alone if its bits agree. Returns what was quantized.
 
@@ -28,13 +35,17 @@ def quantize(net: nn.Module, bits: int) -> dict[str, dict]:
     if found:
         other = {entry["bits"] for entry in found.values()} - {bits}
         if other:
-            raise ModelError(f"the base is quantized to {other.pop()} bits already; "
-                             "leave quantize out or choose the float base")
+            raise ModelError(
+                f"the base is quantized to {other.pop()} bits already; "
+                "leave quantize out or choose the float base"
+            )
         return found
     language = getattr(net, "language_model", net)
-    names = {f"language_model.{name}" if language is not net else name
-             for name, module in language.named_modules()
-             if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.shape[-1] % GROUP_SIZE == 0}
+    names = {
+        f"language_model.{name}" if language is not net else name
+        for name, module in language.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight.shape[-1] % GROUP_SIZE == 0
+    }
     if not names:
         raise ModelError(f"no layer of this model has a width divisible by {GROUP_SIZE}; leave quantize out")
     nn.quantize(net, group_size=GROUP_SIZE, bits=bits, class_predicate=lambda name, _: name in names)
@@ -45,8 +56,14 @@ def dequantized_weight(module: nn.Module) -> mx.array:
     """The float weight of a linear or embedding, quantized or not."""
     if not isinstance(module, _QUANTIZED):
         return module.weight
-    return mx.dequantize(module.weight, module.scales, module.get("biases"), group_size=module.group_size,
-                         bits=module.bits, mode=getattr(module, "mode", "affine"))
+    return mx.dequantize(
+        module.weight,
+        module.scales,
+        module.get("biases"),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=getattr(module, "mode", "affine"),
+    )
 
 
 def dequantize(net: nn.Module) -> None:

@@ -33,14 +33,21 @@ def _layout(grid: tuple[int, int, int], merge: int, window_cells: int, head_dim:
     t, h, w = grid
     rows, cols = h // merge, w // merge
     cells = np.arange(t * rows * cols).reshape(t, rows, cols)
-    windows = [cells[frame, top : top + window_cells, left : left + window_cells].reshape(-1)
-               for frame in range(t)
-               for top in range(0, rows, window_cells) for left in range(0, cols, window_cells)]
+    windows = [
+        cells[frame, top : top + window_cells, left : left + window_cells].reshape(-1)
+        for frame in range(t)
+        for top in range(0, rows, window_cells)
+        for left in range(0, cols, window_cells)
+    ]
     order = np.concatenate(windows)
     # patches come in merged-cell order: (row, column, row in cell, column in cell)
     row, col = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
-    by_cell = [np.tile(x.reshape(rows, merge, cols, merge).transpose(0, 2, 1, 3).reshape(-1, merge * merge),
-                       (t, 1))[order].reshape(-1) for x in (row, col)]
+    by_cell = [
+        np.tile(x.reshape(rows, merge, cols, merge).transpose(0, 2, 1, 3).reshape(-1, merge * merge), (t, 1))[
+            order
+        ].reshape(-1)
+        for x in (row, col)
+    ]
     frequency = 1.0 / 10000.0 ** (np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
     angles = np.concatenate([x[:, None].astype(np.float32) * frequency for x in by_cell], axis=1)
     angles = np.concatenate([angles, angles], axis=1)[:, None]
@@ -54,8 +61,16 @@ def _layout(grid: tuple[int, int, int], merge: int, window_cells: int, head_dim:
         gather = mx.array(np.where(real, starts[:, None] + slots, 0).astype(np.int32))
         mask = mx.array(real[:, None, None])
         scatter = mx.array(np.flatnonzero(real.reshape(-1)).astype(np.int32))
-    return _Layout(mx.array(order.astype(np.int32)), mx.array(np.argsort(order).astype(np.int32)),
-                   mx.array(np.cos(angles)), mx.array(np.sin(angles)), len(windows), gather, mask, scatter)
+    return _Layout(
+        mx.array(order.astype(np.int32)),
+        mx.array(np.argsort(order).astype(np.int32)),
+        mx.array(np.cos(angles)),
+        mx.array(np.sin(angles)),
+        len(windows),
+        gather,
+        mask,
+        scatter,
+    )
 
 
 def patch_embed(tower: nn.Module, pixels: mx.array) -> mx.array:
@@ -96,8 +111,9 @@ def _permute_cells(x: mx.array, order: mx.array, merge: int) -> mx.array:
     return x.reshape(count, length // merge**2, merge**2 * width)[:, order].reshape(count, length, width)
 
 
-def _attention(attn: nn.Module, x: mx.array, cos: mx.array, sin: mx.array, windows: int,
-               layout: _Layout | None) -> mx.array:
+def _attention(
+    attn: nn.Module, x: mx.array, cos: mx.array, sin: mx.array, windows: int, layout: _Layout | None
+) -> mx.array:
     count, length, width = x.shape
     heads = attn.num_heads
     q, k, v = (attn.qkv(x).reshape(count, length, 3, heads, -1)[:, :, part] for part in range(3))

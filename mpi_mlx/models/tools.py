@@ -8,11 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HEADER = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-           "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
-_FOOTER = ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
-           "<tool_call></tool_call> XML tags:\n<tool_call>\n"
-           '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
+_HEADER = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_FOOTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 
 def supports_tools(template: str) -> bool:
@@ -28,8 +32,12 @@ def describe_tools(messages: Sequence[Mapping], tools: Sequence[Mapping] | None)
     text = _HEADER + "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools) + _FOOTER
     if result and result[0]["role"] == "system":
         content = result[0]["content"]
-        result[0] = dict(result[0], content=content + text if isinstance(content, str) else
-                         [*content, {"type": "text", "text": text}])
+        result[0] = dict(
+            result[0],
+            content=content + text
+            if isinstance(content, str)
+            else [*content, {"type": "text", "text": text}],
+        )
         return result
     return [{"role": "system", "content": "You are a helpful assistant." + text}, *result]
 
@@ -56,8 +64,14 @@ def _plain(message: Mapping) -> dict:
         content = message.get("content") or ""
         if isinstance(content, str):
             return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-        return {"role": "user", "content": [{"type": "text", "text": "<tool_response>\n"}, *content,
-                                            {"type": "text", "text": "\n</tool_response>"}]}
+        return {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "<tool_response>\n"},
+                *content,
+                {"type": "text", "text": "\n</tool_response>"},
+            ],
+        }
     if not message.get("tool_calls"):
         return dict(message)
     content = message.get("content") or ""

@@ -13,8 +13,10 @@ def picture(width=84, height=84, seed=0):
 
 
 def user(text, *images):
-    return {"role": "user", "content": [*({"type": "image", "image": image} for image in images),
-                                        {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+    }
 
 
 def assistant(text):
@@ -27,8 +29,13 @@ def template_text(model, messages, **options):
 
 
 def test_text_is_the_templates_own(qwen):
-    messages = [{"role": "system", "content": "Rules."}, user("How many?", picture()), assistant("Two."),
-                user("And now?", picture(112, 56)), assistant("<think>x</think>\nOne.")]
+    messages = [
+        {"role": "system", "content": "Rules."},
+        user("How many?", picture()),
+        assistant("Two."),
+        user("And now?", picture(112, 56)),
+        assistant("<think>x</think>\nOne."),
+    ]
     encoded = qwen.encode(messages)
     text = template_text(qwen, messages)
     nine, eight = "<|image_pad|>" * 9, "<|image_pad|>" * 8
@@ -43,7 +50,9 @@ def test_assistant_marks_exactly_the_turns(qwen):
     encoded = qwen.encode([user("a"), assistant("Yes."), user("b"), assistant("<think>t</think>\nNo.")])
     runs = np.flatnonzero(np.diff(np.concatenate([[0], encoded.assistant, [0]]))).reshape(-1, 2)
     assert [qwen.tokenizer.decode(encoded.ids[a:b]) for a, b in runs] == [
-        "Yes.<|im_end|>", "<think>t</think>\nNo.<|im_end|>"]
+        "Yes.<|im_end|>",
+        "<think>t</think>\nNo.<|im_end|>",
+    ]
     assert encoded.ids[-1] == qwen.end_of_turn_id
 
 
@@ -55,7 +64,7 @@ def test_prompt_and_completion_make_the_whole(qwen):
     assert np.array_equal(whole.ids, joined.ids)
     assert np.array_equal(whole.position_ids, joined.position_ids)
     assert np.array_equal(whole.visual, joined.visual)
-    assert whole.assistant[-len(qwen.encode_completion(text)):].all()
+    assert whole.assistant[-len(qwen.encode_completion(text)) :].all()
 
 
 def test_decode_keeps_reasoning_and_drops_special(qwen):
@@ -64,10 +73,16 @@ def test_decode_keeps_reasoning_and_drops_special(qwen):
 
 
 def test_positions_equal_mlx_vlm(qwen):
-    messages = [user("Look", picture(84, 84), picture(140, 56, 1)), assistant("A"), user("more", picture(56, 168))]
+    messages = [
+        user("Look", picture(84, 84), picture(140, 56, 1)),
+        assistant("A"),
+        user("more", picture(56, 168)),
+    ]
     encoded = qwen.encode(messages, generation_prompt=True)
     grids = mx.array([image.grid for image in encoded.images])
-    expected, deltas = qwen.net.language_model.get_rope_index(mx.array(encoded.ids)[None], image_grid_thw=grids)
+    expected, deltas = qwen.net.language_model.get_rope_index(
+        mx.array(encoded.ids)[None], image_grid_thw=grids
+    )
     assert np.array_equal(np.array(expected)[:, 0], encoded.position_ids)
     assert encoded.next_position == len(encoded) + int(np.array(deltas).item())
 
@@ -92,9 +107,15 @@ def test_max_pixels_reaches_the_processor(qwen_folder):
 
 
 def test_tools_are_described_where_the_template_knows_none(qwen):
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "zoom", "arguments": {"x": 1}}}]}
-    encoded = qwen.encode([user("go"), call, {"role": "tool", "content": "done"}, assistant("ok")],
-                          tools=[{"type": "function", "function": {"name": "zoom"}}])
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "zoom", "arguments": {"x": 1}}}],
+    }
+    encoded = qwen.encode(
+        [user("go"), call, {"role": "tool", "content": "done"}, assistant("ok")],
+        tools=[{"type": "function", "function": {"name": "zoom"}}],
+    )
     text = qwen.tokenizer.decode(encoded.ids)
     assert '<tools>\n{"type": "function", "function": {"name": "zoom"}}\n</tools>' in text
     assert '<tool_call>\n{"name": "zoom", "arguments": {"x": 1}}\n</tool_call><|im_end|>' in text
@@ -103,12 +124,15 @@ def test_tools_are_described_where_the_template_knows_none(qwen):
     assert turns.startswith("<tool_call>") and turns.endswith("ok<|im_end|>")
 
 
-@pytest.mark.parametrize("messages, words", [
-    ([user("x", "/nowhere/a.png")], "does not exist"),
-    ([user("<|image_pad|>")], "placeholder"),
-    ([], "no messages"),
-    ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}, user("x")], "image"),
-])
+@pytest.mark.parametrize(
+    "messages, words",
+    [
+        ([user("x", "/nowhere/a.png")], "does not exist"),
+        ([user("<|image_pad|>")], "placeholder"),
+        ([], "no messages"),
+        ([{"role": "assistant", "content": [{"type": "image", "image": "x"}]}, user("x")], "image"),
+    ],
+)
 def test_bad_conversations_are_one_clear_line(qwen, messages, words):
     with pytest.raises(DataError, match=words) as error:
         qwen.encode(messages)

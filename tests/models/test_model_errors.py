@@ -57,7 +57,9 @@ def test_whole_weights_pass(folder):
 
 
 def test_missing_shard(folder):
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors"}})
+    )
     refuse(folder, "lacks model-1.safetensors")
 
 
@@ -69,14 +71,17 @@ def test_missing_tensor(folder):
     refuse(folder, "language_model.model.norm.weight")
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "nonesuch", "vision_config": None}, "'nonesuch' is unknown"),
-    ({"model_type": "moondream9"}, "vision-language family 'moondream9' is not supported"),
-    ({"model_type": None}, "no model_type"),
-    ({"model_file": "evil.py"}, "own Python code"),
-    ({"hidden_size": None}, "qwen2_5_vl"),
-    ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}}, "mpi-mlx convert"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "nonesuch", "vision_config": None}, "'nonesuch' is unknown"),
+        ({"model_type": "moondream9"}, "vision-language family 'moondream9' is not supported"),
+        ({"model_type": None}, "no model_type"),
+        ({"model_file": "evil.py"}, "own Python code"),
+        ({"hidden_size": None}, "qwen2_5_vl"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}}, "mpi-mlx convert"),
+    ],
+)
 def test_config_that_cannot_be_built(folder, changes, words):
     edit(folder, **changes)
     refuse(folder, words)
@@ -84,7 +89,9 @@ def test_config_that_cannot_be_built(folder, changes, words):
 
 def test_code_of_a_checkpoint_is_never_run(folder):
     (folder / "evil.py").write_text("raise SystemExit('ran')")
-    edit(folder, model_file="evil.py", auto_map={"AutoModel": "evil.Model", "AutoProcessor": "evil.Processor"})
+    edit(
+        folder, model_file="evil.py", auto_map={"AutoModel": "evil.Model", "AutoProcessor": "evil.Processor"}
+    )
     refuse(folder, "own Python code")
     assert "evil" not in sys.modules
 
@@ -109,8 +116,10 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     refuse(tmp_path / "file", "is a file")
 
 
-@pytest.mark.parametrize("error, words", [(ConnectionError("no route"), "cannot be reached"),
-                                          (TimeoutError(), "cannot be reached")])
+@pytest.mark.parametrize(
+    "error, words",
+    [(ConnectionError("no route"), "cannot be reached"), (TimeoutError(), "cannot be reached")],
+)
 def test_hub_without_network(monkeypatch, error, words):
     import huggingface_hub
 

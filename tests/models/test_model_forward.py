@@ -16,8 +16,10 @@ def picture(width=84, height=84, seed=0):
 
 
 def user(text, *images):
-    return {"role": "user", "content": [*({"type": "image", "image": image} for image in images),
-                                        {"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}],
+    }
 
 
 def logits(model, encoded, features=None):
@@ -31,12 +33,16 @@ def reference(model, encoded):
     model.net.language_model._position_ids = model.net.language_model._rope_deltas = None
     kwargs = {}
     if encoded.images:
-        kwargs = {"pixel_values": mx.array(np.concatenate([image.pixel_values for image in encoded.images])),
-                  "image_grid_thw": mx.array([image.grid for image in encoded.images])}
+        kwargs = {
+            "pixel_values": mx.array(np.concatenate([image.pixel_values for image in encoded.images])),
+            "image_grid_thw": mx.array([image.grid for image in encoded.images]),
+        }
     return model.net(mx.array(encoded.ids)[None], **kwargs).logits
 
 
-@pytest.mark.parametrize("images", [(), (picture(),), (picture(140, 84), picture(56, 112, 1), picture(140, 84, 2))])
+@pytest.mark.parametrize(
+    "images", [(), (picture(),), (picture(140, 84), picture(56, 112, 1), picture(140, 84, 2))]
+)
 def test_logits_equal_mlx_vlm(qwen, images):
     encoded = qwen.encode([user("How many red cubes?", *images)], generation_prompt=True)
     assert mx.abs(logits(qwen, encoded) - reference(qwen, encoded)).max().item() < 1e-4
@@ -54,8 +60,10 @@ def test_batched_tower_equals_mlx_vlms(qwen, size):
     images = [qwen.image(picture(*size, seed)) for seed in range(3)]
     ours = qwen.vision(images)
     tower = qwen.net.vision_tower
-    own = tower(mx.array(np.concatenate([image.pixel_values for image in images])),
-                mx.array([image.grid for image in images])).reshape(ours.shape)
+    own = tower(
+        mx.array(np.concatenate([image.pixel_values for image in images])),
+        mx.array([image.grid for image in images]),
+    ).reshape(ours.shape)
     assert mx.abs(ours - own).max().item() < 1e-5 * max(1.0, mx.abs(own).max().item())
     for image, features in zip(images, qwen.features(images), strict=True):
         assert features.shape[0] == image.num_tokens
@@ -77,7 +85,9 @@ def test_tower_gradient_equals_mlx_vlms(qwen):
 def test_features_are_encoded_once_and_carry_no_gradient(qwen, monkeypatch):
     calls = []
     own = qwen.parts.tower
-    monkeypatch.setattr(qwen.parts, "tower", lambda pixels, grid: calls.append(len(pixels)) or own(pixels, grid))
+    monkeypatch.setattr(
+        qwen.parts, "tower", lambda pixels, grid: calls.append(len(pixels)) or own(pixels, grid)
+    )
     one, other = qwen.image(picture()), qwen.image(picture(seed=1))
     first = qwen.features([one, other, one])
     assert calls == [2] and mx.array_equal(first[0], first[2])

@@ -18,8 +18,10 @@ from mpi_mlx.models.lora import attach_lora, lora_scale, resolve_targets, traina
 
 
 def spec(**changes):
-    return SimpleNamespace(**{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear", "kind": "lora",
-                              "projector": False} | changes)
+    return SimpleNamespace(
+        **{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear", "kind": "lora", "projector": False}
+        | changes
+    )
 
 
 def picture(seed=0):
@@ -27,7 +29,12 @@ def picture(seed=0):
 
 
 def conversation(seed=0):
-    return [{"role": "user", "content": [{"type": "image", "image": picture(seed)}, {"type": "text", "text": "how?"}]}]
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture(seed)}, {"type": "text", "text": "how?"}],
+        }
+    ]
 
 
 def logits(model, encoded):
@@ -38,7 +45,9 @@ def logits(model, encoded):
 def train_a_bit(model, seed=1):
     """Random adapters, B included."""
     mx.random.seed(seed)
-    model.net.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.net.trainable_parameters()))
+    model.net.update(
+        tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.net.trainable_parameters())
+    )
 
 
 def test_scale_is_alpha_over_rank():
@@ -63,11 +72,19 @@ def test_fresh_adapters_change_nothing_and_the_key_fixes_them(qwen_folder):
 def test_only_adapters_are_trainable(qwen):
     names = attach_lora(qwen, spec())
     assert len(names) == 3 * 7
-    assert set(trainable_parameters(qwen)) == {f"{name}.{part}" for name in names for part in ("lora_a", "lora_b")}
+    assert set(trainable_parameters(qwen)) == {
+        f"{name}.{part}" for name in names for part in ("lora_a", "lora_b")
+    }
 
 
-@pytest.mark.parametrize("targets, count", [
-    (["q_proj"], 3), (["q_proj", "self_attn.v_proj"], 6), (["language_model.model.layers.1.mlp.up_proj"], 1)])
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        (["q_proj"], 3),
+        (["q_proj", "self_attn.v_proj"], 6),
+        (["language_model.model.layers.1.mlp.up_proj"], 1),
+    ],
+)
 def test_targets(qwen, targets, count):
     assert len(resolve_targets(qwen, targets)) == count
 
@@ -88,8 +105,11 @@ def test_plain_mlx_vlm_reads_the_adapter(qwen, qwen_folder, tmp_path, kind):
     save_adapter(qwen, tmp_path)
     net, _ = mlx_vlm.load(str(qwen_folder), adapter_path=str(tmp_path))
     image = encoded.images[0]
-    own = net(mx.array(encoded.ids)[None], pixel_values=mx.array(image.pixel_values),
-              image_grid_thw=mx.array([image.grid])).logits
+    own = net(
+        mx.array(encoded.ids)[None],
+        pixel_values=mx.array(image.pixel_values),
+        image_grid_thw=mx.array([image.grid]),
+    ).logits
     assert mx.abs(ours - own).max().item() < 1e-5 * mx.abs(own).max().item()
     again = load_model(qwen_folder, adapter=tmp_path)
     assert mx.allclose(ours, logits(again, encoded), atol=1e-6)
@@ -105,13 +125,16 @@ def test_gradients_equal_mlx_vlms_layers(kind):
     linear = nn.Linear(32, 48)
     linear.freeze()
     mine = getattr(lora_layers, "DoRALinear" if kind == "dora" else "LoRALinear")(
-        linear, 4, 2.0, 0.0, mx.random.key(0), SimpleNamespace(enabled=True))
+        linear, 4, 2.0, 0.0, mx.random.key(0), SimpleNamespace(enabled=True)
+    )
     own = (DoRALinear if kind == "dora" else LoRALinear).from_base(linear, r=4, dropout=0.0, scale=2.0)
     mine.lora_b = mx.random.normal((4, 48), key=mx.random.key(1))
     own.lora_a, own.lora_b = mine.lora_a, mine.lora_b
     x = mx.random.normal((5, 32), key=mx.random.key(2))
     weight = mx.random.normal((48,), key=mx.random.key(3))
-    results = [nn.value_and_grad(layer, lambda layer=layer: (layer(x) * weight).sum())() for layer in (mine, own)]
+    results = [
+        nn.value_and_grad(layer, lambda layer=layer: (layer(x) * weight).sum())() for layer in (mine, own)
+    ]
     assert mx.allclose(results[0][0], results[1][0], rtol=1e-4)
     a, b = (dict(tree_flatten(result[1])) for result in results)
     assert a.keys() == b.keys()
@@ -157,8 +180,11 @@ def test_a_bad_adapter_names_every_tensor_and_leaves_the_base(qwen, qwen_folder,
     model = load_model(qwen_folder)
     with pytest.raises(ModelError) as error:
         load_adapter(model, tmp_path)
-    for words in (layer.format(0) + " is missing (wanted [64, 4])", "stray [1] is unexpected",
-                  layer.format(1) + " is [64, 3], wanted [64, 4]"):
+    for words in (
+        layer.format(0) + " is missing (wanted [64, 4])",
+        "stray [1] is unexpected",
+        layer.format(1) + " is [64, 3], wanted [64, 4]",
+    ):
         assert words in str(error.value)
     assert "\n" not in str(error.value) and not model.has_adapters and not adapter_tensors(model)
 
@@ -184,8 +210,11 @@ def test_quantized_base_is_recorded(qwen_folder, tmp_path):
     ours = logits(model, encoded)
     net, _ = mlx_vlm.load(str(qwen_folder), adapter_path=str(tmp_path))
     image = encoded.images[0]
-    own = net(mx.array(encoded.ids)[None], pixel_values=mx.array(image.pixel_values),
-              image_grid_thw=mx.array([image.grid])).logits
+    own = net(
+        mx.array(encoded.ids)[None],
+        pixel_values=mx.array(image.pixel_values),
+        image_grid_thw=mx.array([image.grid]),
+    ).logits
     assert isinstance(net.language_model.model.layers[0].mlp.up_proj.linear, nn.QuantizedLinear)
     assert mx.abs(ours - own).max().item() < 1e-4 * mx.abs(own).max().item()
     with pytest.raises(ModelError, match="4, 8"):

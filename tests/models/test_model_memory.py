@@ -57,7 +57,9 @@ def test_gradients_are_the_same_with_checkpointing(adapted, loss):
     again, same = run()
     assert mx.allclose(value, again) and grads.keys() == same.keys()
     for name in grads:
-        assert mx.abs(grads[name] - same[name]).max().item() <= 1e-4 * mx.abs(grads[name]).max().item() + 1e-7, name
+        assert (
+            mx.abs(grads[name] - same[name]).max().item() <= 1e-4 * mx.abs(grads[name]).max().item() + 1e-7
+        ), name
 
 
 def test_twice_on_is_once_on_and_off_is_off(adapted, qwen_folder):
@@ -113,5 +115,7 @@ def test_estimate_grows_with_the_batch_and_shrinks_with_checkpointing(adapted):
     large = memory_estimate(adapted, rows=8, tokens=128)
     spared = memory_estimate(adapted, rows=8, tokens=128, gradient_checkpointing=True)
     assert large.activations == 8 * small.activations and spared.total < large.total
-    assert small.weights == sum(v.nbytes for _, v in tree_flatten(adapted.net.parameters())) - small.adapter // 2
+    assert (
+        small.weights == sum(v.nbytes for _, v in tree_flatten(adapted.net.parameters())) - small.adapter // 2
+    )
     assert small.optimizer == small.adapter
