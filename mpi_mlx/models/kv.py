@@ -236,8 +236,8 @@ class SharedPrefixCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if not self.layout.attended:
             raise ModelError(
-                "this model's attention does not go through scaled_dot_product_attention (or "
-                "kv.route_attention was not called), so prefixes cannot be shared between rows; use another base model"
+                "this model's attention does not go through scaled_dot_product_attention, so prefixes cannot "
+                "be shared between rows; use another base model (or was kv.route_attention not called?)"
             )
         self.layout.attended = False
         keys, values = self._store(keys, values)
