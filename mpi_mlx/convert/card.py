@@ -1,0 +1,74 @@
+"""The README card of a converted folder: what it is made from and what may be done with it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+
+def front_matter(path: Path) -> dict:
+    """The YAML head of a README, or nothing."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return {}
+    try:
+        head = yaml.safe_load(text.split("---", 2)[1])
+    except (yaml.YAMLError, IndexError):
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def find_license(folder: Path | None) -> tuple[str | None, str | None]:
+    """(license as the base's card names it, name of a license file beside it)."""
+    if folder is None:
+        return None, None
+    head = front_matter(folder / "README.md")
+    file = next((p.name for p in sorted(folder.glob("LICENSE*")) if p.is_file()), None)
+    return head.get("license"), file
+
+
+def write_card(
+    work: Path,
+    *,
+    source: str,
+    action: str,
+    quantize: int | None = None,
+    stages: list[str] | None = None,
+    document: dict | None = None,
+    adapter: dict | None = None,
+    license_from: Path | None = None,
+    license: str | None = None,
+) -> None:
+    """Write README.md: base, stages, the document's hash and the license, as far as they are known."""
+    named, file = find_license(license_from)
+    license = license or named
+    head: dict = {"library_name": "mlx", "tags": ["mlx", "mpi-mlx"], "base_model": source}
+    if license:
+        head["license"] = license
+    rows = [("Base", f"`{source}`"), ("Made by", f"`mpi-mlx convert {action}`")]
+    if stages:
+        rows.append(("Stages", ", ".join(stages)))
+    if document:
+        rows.append(
+            ("Document", f"{document.get('name', '')} (sha256 `{document.get('sha256', 'unknown')}`)")
+        )
+    if adapter:
+        rows.append(("Adapter", ", ".join(f"{k} {v}" for k, v in adapter.items())))
+    rows.append(
+        ("Weights", f"{quantize}-bit, MLX only" if quantize else "for mlx-vlm or mlx-lm and transformers 5")
+    )
+    text = license or "the base names none: ask its authors before you pass this on"
+    rows.append(("License", text + (f" (see {file})" if file else "")))
+    table = "\n".join(f"| {k} | {v} |" for k, v in rows)
+    title = re.sub(r"^\.(.+)\.\d+\.partial$", r"\1", work.name)
+    if stages:
+        told = "A model with its policy document trained into the weights; it answers without the document."
+    else:
+        told = "A converted checkpoint."
+    (work / "README.md").write_text(
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{told}\n\n| | |\n|---|---|\n{table}\n"
+    )

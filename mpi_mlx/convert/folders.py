@@ -1,0 +1,137 @@
+"""Sources and destinations: what a path holds, what is refused, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpi_mlx.errors import ConversionError, DeviceError, ModelError
+
+# weights, and what is written anew, are not copied; remote code (*.py) is not carried on
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_COPIED = {
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+}
+
+
+def find_source(source: str | Path) -> Path:
+    """A local folder, ``embedded:NAME``, or a hub id (downloaded into the hub's cache)."""
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        raise ConversionError(f"{path.name} is a GGUF file: use `mpi-mlx convert gguf {path} DST`")
+    if path.is_dir():
+        return path
+    from mpi_mlx.models.folders import resolve_base
+
+    try:
+        return resolve_base(str(source))
+    except ModelError as e:
+        raise ConversionError(str(e)) from None
+
+
+def refuse_other_formats(folder: Path) -> None:
+    """Say what a folder without safetensors is, and the command that makes it one that can be read."""
+    names = [p.name for p in folder.iterdir()]
+    if any(n.endswith(".safetensors") for n in names) and (folder / "config.json").exists():
+        return
+    shards = [n for n in names if n.startswith("model_world_size_") and n.endswith(".pt")]
+    actor = folder / "actor"
+    if shards or (actor.is_dir() and any(actor.glob("model_world_size_*.pt"))):
+        at = folder if shards else actor
+        raise ConversionError(
+            f"{at} holds FSDP shards of verl or EasyR1; merge them first: `python -m verl.model_merger merge "
+            f"--backend fsdp --local_dir {at} --target_dir MERGED` (EasyR1: `python3 scripts/model_merger.py "
+            f"--local_dir {at}`, result in {at}/huggingface)"
+        )
+    if "dist_ckpt" in names or (actor / "dist_ckpt").is_dir():
+        at = folder if "dist_ckpt" in names else actor
+        raise ConversionError(
+            f"{at} holds Megatron shards of verl; merge them first: `python -m verl.model_merger merge "
+            f"--backend megatron --local_dir {at} --target_dir MERGED`"
+        )
+    if "zero_to_fp32.py" in names or any("optim_states.pt" in n for n in names):
+        raise ConversionError(
+            f"{folder} holds DeepSpeed ZeRO shards; merge them first: `cd {folder} && python zero_to_fp32.py . "
+            "MERGED --safe_serialization`, then put config.json and the tokenizer's files beside the result"
+        )
+    for path in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
+        if any(path.glob("*.distcp")):
+            raise ConversionError(
+                f"{path} holds FSDP shards of torch.distributed.checkpoint; merge them first: "
+                f"`accelerate merge-weights {path} MERGED`"
+            )
+    pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled and not any(n.endswith(".safetensors") for n in names):
+        raise ConversionError(
+            f"{folder / pickled[0]} is pickled, and opening a pickle can run code; where you trust it, rewrite it: "
+            f"`python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{folder}', "
+            "weights_only=True, dtype='auto').save_pretrained('DST')\"` (AutoModelForCausalLM for text-only)"
+        )
+    if any(n.endswith(".gguf") for n in names):
+        raise ConversionError(f"{folder} holds a GGUF file: use `mpi-mlx convert gguf`")
+    if "adapter_config.json" in names:
+        raise ConversionError(f"{folder} is an adapter: use `mpi-mlx convert from-peft` or `to-peft`")
+    if not (folder / "config.json").exists():
+        raise ConversionError(f"{folder} has no config.json: is it a model folder?")
+    raise ConversionError(f"{folder} has no *.safetensors files")
+
+
+def check_disk(destination: Path, nbytes: int) -> None:
+    """Refuse before writing when the destination's disk cannot hold ``nbytes`` (and 2% and 64 MB to spare)."""
+    parent = destination.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    need, free = int(nbytes * 1.02) + (64 << 20), shutil.disk_usage(parent).free
+    if free < need:
+        raise DeviceError(
+            f"the disk of {parent} has {free / 1e9:.1f} GB free, {destination.name} needs {need / 1e9:.1f} GB: "
+            "free some or choose another DST"
+        )
+
+
+@contextmanager
+def staged(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder beside ``destination``, renamed to it on success and removed on failure."""
+    final = Path(destination).expanduser().absolute()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())) and not overwrite:
+        raise ConversionError(f"{final} exists: choose another DST or pass --overwrite")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = final.parent / f".{final.name}.{os.getpid()}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        _sync(work)
+        old = final.parent / f".{final.name}.{os.getpid()}.old"
+        if final.exists():
+            final.rename(old)
+        work.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def copy_companions(source: Path, destination: Path) -> list[str]:
+    """Tokenizer, processor, chat template, generation config and license, byte for byte."""
+    copied = []
+    for pattern in _COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name not in _NOT_COPIED and not (destination / path.name).exists():
+                shutil.copyfile(path, destination / path.name)
+                copied.append(path.name)
+    return copied

@@ -1,0 +1,174 @@
+"""Whole checkpoints: Hugging Face folders to MLX and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from mpi_mlx.convert import checks
+from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.configs import canonical_config, check_supported, mlx_config, read_json
+from mpi_mlx.convert.families import family_of
+from mpi_mlx.convert.folders import check_disk, copy_companions, find_source, refuse_other_formats, staged
+from mpi_mlx.convert.layout import Layout, lay_out, outputs_of, set_dtype
+from mpi_mlx.convert.report import ConversionReport
+from mpi_mlx.convert.shards import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
+from mpi_mlx.errors import ConversionError
+
+
+def read_layout(source: Path, base: Path | None = None) -> tuple[Checkpoint, Layout]:
+    """Open a folder in any known layout; nothing but headers is read."""
+    refuse_other_formats(source)
+    raw = read_json(source / "config.json")
+    config = canonical_config(source)
+    checkpoint = open_checkpoint(source)
+    other = open_checkpoint(base) if base else None
+    return checkpoint, lay_out(checkpoint, raw, config, family_of(config), other)
+
+
+def is_quantized(folder: Path) -> bool:
+    return "quantization" in read_json(folder / "config.json")
+
+
+def write_folder(
+    layout: Layout,
+    source: Path,
+    destination: Path,
+    work: Path,
+    *,
+    dtype: str | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConversionReport:
+    """Write config, weights and companions of a layout into ``work``; ``destination`` is only reported."""
+    set_dtype(layout.config, dtype)
+    check_supported(layout.config)
+    (work / "config.json").write_text(json.dumps(mlx_config(layout.config), indent=2) + "\n")
+    covered = checks.check_coverage(layout, work)
+    outputs = outputs_of(layout, dtype=dtype, for_mlx=True)
+    write_checkpoint(work, outputs, limit=shard_bytes)
+    copy_companions(source, work)
+    return ConversionReport(
+        "", destination, layout.family.name, len(outputs), sum(o.nbytes for o in outputs), covered,
+        notes=list(layout.notes),
+    )  # fmt: skip
+
+
+def to_mlx(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    quantize: int | None = None,
+    dtype: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConversionReport:
+    """Convert a Hugging Face checkpoint into a folder that mlx-vlm (mlx-lm) and transformers 5 both load.
+
+    ``quantize`` (4 or 8) writes an MLX-only folder instead, quantized by mlx-vlm itself. Tensors keep their
+    bits unless ``dtype`` asks for another type. Raises ConversionError for what cannot be carried, DeviceError
+    for a disk too small; the destination then does not appear.
+    """
+    folder = find_source(source)
+    if quantize not in (None, 4, 8):
+        raise ConversionError(f"quantize is 4 or 8, not {quantize}")
+    refuse_other_formats(folder)
+    if is_quantized(folder):
+        raise ConversionError(f"{folder} is quantized MLX already; `mpi-mlx convert to-hf` dequantizes it")
+    checkpoint, layout = read_layout(folder)
+    check_supported(layout.config)
+    final = Path(destination).expanduser()
+    check_disk(final, checkpoint.nbytes * (2 if quantize else 1))
+    with staged(final, overwrite=overwrite) as work:
+        report = write_folder(layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes)
+        report.action = "to-mlx"
+        if check:
+            sides = [
+                ("transformers on the source", "torch", folder, None),
+                ("mlx on the result", "mlx", work, None),
+            ]
+            checks.check_logits(report, layout.config, sides, _float32_bytes(layout))
+        if quantize:
+            _quantize_in_place(work, quantize, report, check, layout)
+        write_card(work, source=str(source), action="to-mlx", quantize=quantize, license_from=folder)
+    return report
+
+
+def _float32_bytes(layout: Layout) -> int:
+    return sum(4 * int(_product(e.shape)) for e in layout.entries.values())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out
+
+
+def _quantize_in_place(work: Path, bits: int, report: ConversionReport, check: bool, layout: Layout) -> None:
+    """Replace the float weights of ``work`` by quantized ones, and report what that costs."""
+    from mpi_mlx.models.probe import quantize_folder
+
+    out = work / ".quantized"
+    config = quantize_folder(work, out, bits)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if check:
+        loss = ConversionReport("", work, report.family)
+        sides = [("the float result", "mlx", work, None), (f"{bits} bits", "mlx", out, None)]
+        checks.check_logits(loss, layout.config, sides, _float32_bytes(layout))
+        if loss.errors:
+            report.notes.append(f"loss of quantizing to {bits} bits, as logits error: {loss.worst:.1e}")
+    for path in work.glob("*.safetensors*"):
+        path.unlink()
+    for path in out.iterdir():
+        path.replace(work / path.name)
+    shutil.rmtree(out)
+    report.nbytes = sum(p.stat().st_size for p in work.glob("*.safetensors"))
+
+
+def to_hf(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    merge: bool = False,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> ConversionReport:
+    """Convert an MLX folder, or a run with ``merge``, into a complete transformers folder.
+
+    Quantized weights are dequantized; a run's adapter is merged in float32. ``base``: the checkpoint an MLX
+    folder was made from, to copy qwen3_5's norms from (MLX holds them plus one, which rounds in bfloat16).
+    """
+    path = Path(source).expanduser()
+    if _has_adapter(path):
+        from mpi_mlx.convert.fuse import fuse
+
+        if not merge:
+            raise ConversionError(
+                f"{path} holds an adapter: pass --merge to fold it into the weights, or use `convert to-peft`"
+            )
+        return fuse(
+            path, destination, base=base, dtype=dtype, check=check, overwrite=overwrite, shard_bytes=shard_bytes,
+            action="to-hf",
+        )  # fmt: skip
+    folder = find_source(source)
+    checkpoint, layout = read_layout(folder, find_source(base) if base else None)
+    final = Path(destination).expanduser()
+    check_disk(final, sum(e.output().nbytes for e in layout.entries.values()))
+    with staged(final, overwrite=overwrite) as work:
+        report = write_folder(layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes)
+        report.action = "to-hf"
+        if check:
+            sides = [("mlx on the source", "mlx", folder, None), ("mlx on the result", "mlx", work, None)]
+            sides.append(("transformers on the result", "torch", work, None))
+            checks.check_logits(report, layout.config, sides, _float32_bytes(layout))
+        write_card(work, source=str(source), action="to-hf", license_from=folder)
+    return report
+
+
+def _has_adapter(path: Path) -> bool:
+    return (path / "adapter" / "adapter_config.json").exists() or (path / "adapters.safetensors").exists()
