@@ -29,36 +29,47 @@ class Dataset:
         return {name: getattr(self, name) for name in SPLITS}
 
 
-def load_dataset(spec, recipe_dir: str | Path = ".") -> Dataset:
+def load_dataset(spec, recipe_dir: str | Path = ".", *, thorough: bool = False) -> Dataset:
     """The dataset that a recipe's ``data`` block names; its paths are relative to ``recipe_dir``.
 
-    Without ``rl`` the training examples serve. Raises DataError for what is missing or broken.
+    Without ``rl`` the training examples serve. ``thorough`` decodes every image. Raises one DataError for
+    all that is missing or broken in any of the files.
     """
     if getattr(spec, "benchmark", None):
         from mpi_mlx.data.clevr_policy import build_clevr_policy  # it needs Dataset from here
 
         return build_clevr_policy(spec)
     folder = Path(recipe_dir)
-    document = None if spec.document is None else load_document(folder / spec.document)
-    train = load_examples(folder / spec.train, require=("answer",))
-    splits = {"rl": tuple(train)}
-    for name in SPLITS[1:]:
-        value = getattr(spec, name, None)
-        if value is not None:
-            require = () if name == "rl" else ("answer",)
-            splits[name] = tuple(load_examples(folder / value, require=require))
-    return Dataset(document, tuple(train), **splits)
+    named = {name: getattr(spec, name, None) for name in SPLITS}
+    files = {name: folder / value for name, value in named.items() if value is not None}
+    return _read(None if spec.document is None else folder / spec.document, files, thorough)
 
 
-def load_dataset_folder(folder: str | Path) -> Dataset:
+def load_dataset_folder(folder: str | Path, *, thorough: bool = False) -> Dataset:
     """A folder as ``mpi-mlx data clevr-policy`` writes it: ``document/``, ``train.jsonl`` and so on."""
     folder = Path(folder)
     if not (folder / "train.jsonl").is_file():
         raise DataError(f"{folder}: no train.jsonl in it; a dataset folder holds document/ and train.jsonl")
-    splits = {}
-    for name in SPLITS:
-        if (folder / f"{name}.jsonl").is_file():
-            splits[name] = tuple(load_examples(folder / f"{name}.jsonl"))
-    splits.setdefault("rl", splits["train"])
     documents = [folder / name for name in DOCUMENTS if (folder / name).exists()]
-    return Dataset(load_document(documents[0]) if documents else None, **splits)
+    files = {name: folder / f"{name}.jsonl" for name in SPLITS if (folder / f"{name}.jsonl").is_file()}
+    return _read(documents[0] if documents else None, files, thorough)
+
+
+def _read(document: Path | None, files: dict[str, Path], thorough: bool) -> Dataset:
+    errors: list[str] = []
+    splits: dict[str, tuple[Example, ...]] = {}
+    found = None
+    try:
+        found = None if document is None else load_document(document)
+    except DataError as error:
+        errors.append(str(error))
+    for name, path in files.items():
+        require = () if name == "rl" else ("answer",)  # a reward may need no answer
+        try:
+            splits[name] = tuple(load_examples(path, require=require, thorough=thorough))
+        except DataError as error:
+            errors.append(str(error))
+    if errors:
+        raise DataError("\n".join(errors))
+    splits.setdefault("rl", splits.get("train", ()))
+    return Dataset(found, **splits)
