@@ -203,11 +203,16 @@ def _rope(text: dict) -> dict:
     return text.get("rope_parameters") or {}
 
 
-def check_supported(config: dict) -> Family:
-    """Refuse, by name, what MLX would ignore or compute otherwise; returns the family."""
+def check_supported(config: dict, *, for_mlx: bool = True) -> Family:
+    """Refuse, by name, what MLX would ignore or compute otherwise; returns the family.
+
+    ``for_mlx=False`` lets a head pass that was trained apart in MLX, and that mlx-vlm could not load again.
+    """
     family = family_of(config)
     for path, allowed in BUILT_IN[family.name].items():
         value = _at(config, path)
+        if path == "tie_word_embeddings" and not for_mlx:
+            continue
         if value not in allowed:
             can = " or ".join(repr(v) for v in sorted(allowed, key=repr) if v is not None)
             raise ConversionError(
@@ -316,9 +321,9 @@ def _additions(family: Family, config: dict) -> dict[str, object]:
     return add
 
 
-def mlx_config(config: dict) -> dict:
+def mlx_config(config: dict, *, for_mlx: bool = True) -> dict:
     """A canonical config with MLX's names added; ``mlx_keys`` lists them, so that they can be taken out again."""
-    family = check_supported(config)
+    family = check_supported(config, for_mlx=for_mlx)
     out = copy.deepcopy(config)
     keys = []
     for path, value in _additions(family, config).items():
