@@ -12,8 +12,8 @@ from mpi_mlx.models.base import Model
 def enable_gradient_checkpointing(model: Model, on: bool = True) -> None:
     """Switches it on or off for the model's decoder layers. Any number of calls is like the last one.
 
-    The layers' own class is exchanged for a subclass of it, so other models of that class, parameter names and
-    the module tree stay as they are. Keys and values that caches hold or record keep their gradient.
+    The layers' own class is exchanged for a subclass of it, so other models of that class, parameter names
+    and the module tree stay as they are. Keys and values that caches hold or record keep their gradient.
     """
     for layer in model.layers:
         plain = getattr(type(layer), "_checkpointed", None)

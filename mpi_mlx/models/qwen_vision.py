@@ -20,7 +20,7 @@ class _Layout:
 
     order: mx.array  # (cells,) merged cells in window order
     inverse: mx.array  # (cells,)
-    cos: mx.array  # (L, 1, head_dim), patches in window order
+    cos: mx.array  # (L, head_dim), patches in window order
     sin: mx.array
     windows: int
     gather: mx.array | None  # (windows, longest) patch index of each padded slot, None when windows are equal
@@ -50,7 +50,7 @@ def _layout(grid: tuple[int, int, int], merge: int, window_cells: int, head_dim:
     ]
     frequency = 1.0 / 10000.0 ** (np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
     angles = np.concatenate([x[:, None].astype(np.float32) * frequency for x in by_cell], axis=1)
-    angles = np.concatenate([angles, angles], axis=1)[:, None]
+    angles = np.concatenate([angles, angles], axis=1)
     sizes = [len(window) * merge * merge for window in windows]
     longest = max(sizes)
     gather = mask = scatter = None
@@ -116,22 +116,29 @@ def _attention(
 ) -> mx.array:
     count, length, width = x.shape
     heads = attn.num_heads
-    q, k, v = (attn.qkv(x).reshape(count, length, 3, heads, -1)[:, :, part] for part in range(3))
+    # one copy to (3, N, heads, L, head_dim): element-wise work on strided views costs twice as much on CPU
+    qkv = mx.contiguous(attn.qkv(x).reshape(count, length, 3, heads, -1).transpose(2, 0, 3, 1, 4))
+    q, k, v = qkv[0], qkv[1], qkv[2]
     q, k = q * cos + _rotate(q) * sin, k * cos + _rotate(k) * sin
     padded = layout is not None and layout.gather is not None
+    mask = None
     if padded:
-        shape = (count * windows, layout.gather.shape[1], heads, -1)
-        q, k, v = (part[:, layout.gather].reshape(shape) for part in (q, k, v))
+        q, k, v = (_windows_first(part[:, :, layout.gather]) for part in (q, k, v))
         mask = mx.tile(layout.mask, (count, 1, 1, 1))
-    else:
-        q, k, v = (part.reshape(count * windows, length // windows, heads, -1) for part in (q, k, v))
-        mask = None
-    q, k, v = (part.transpose(0, 2, 1, 3) for part in (q, k, v))
+    elif windows > 1:
+        shape = (count, heads, windows, length // windows, -1)
+        q, k, v = (_windows_first(part.reshape(shape)) for part in (q, k, v))
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=attn.scale, mask=mask)
     out = out.transpose(0, 2, 1, 3).reshape(count, -1, width)
     if padded:
         out = out[:, layout.scatter]
     return attn.proj(out)
+
+
+def _windows_first(x: mx.array) -> mx.array:
+    """(N, heads, windows, l, d) -> (N * windows, heads, l, d)."""
+    count, heads, windows, length, size = x.shape
+    return x.transpose(0, 2, 1, 3, 4).reshape(count * windows, heads, length, size)
 
 
 def _rotate(x: mx.array) -> mx.array:

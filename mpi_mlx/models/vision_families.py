@@ -28,7 +28,7 @@ class Qwen2VL(Qwen2_5VL):
 
 class Qwen3VL(Qwen2_5VL):
     """Qwen3-VL (arXiv 2511.21631). Its deepstack features, one set for each of the first layers, ride beside
-    the token embeddings, zero at text tokens: an embedding is ``1 + sets`` times as wide as a hidden state."""
+    the token embeddings, zero at text tokens: an embedding is ``1 + sets`` times a hidden state wide."""
 
     projector_path = None
 

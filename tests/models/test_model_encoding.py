@@ -96,6 +96,19 @@ def test_equal_images_are_processed_once(qwen, tmp_path):
     assert one[0].pixel_values.shape == (36, 1176)
 
 
+def test_pictures_drawn_on_demand_are_drawn_once(qwen):
+    class Drawn:
+        key, drawn = "scene 7", 0
+
+        def open(self):
+            Drawn.drawn += 1
+            return picture()
+
+    one, two = qwen.encode([user("x", Drawn(), Drawn())]).images
+    assert one is two and Drawn.drawn == 1
+    assert np.array_equal(one.pixel_values, qwen.image(picture()).pixel_values)
+
+
 def test_max_pixels_reaches_the_processor(qwen_folder):
     from mpi_mlx.models import load_model
 
