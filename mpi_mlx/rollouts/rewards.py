@@ -174,7 +174,7 @@ def trace(completion: str, example: Example) -> float:
             "for your own documents use kind: function"
         )
     reasoning, answer = split_completion(completion)
-    return float(check_trace(reasoning, answer, _tree(json.dumps(raw, sort_keys=True))))
+    return float(check_trace(reasoning, answer, _tree(json.dumps(raw))))
 
 
 @lru_cache(maxsize=32)

@@ -123,11 +123,12 @@ def test_tool_call_reward_reads_the_answer_only():
     assert values("tool_call", [text], [example(CALL)], partial_credit=False) == [0]
 
 
-def cube(color):
-    return Condition("exists", Filter((("color", color), ("shape", "cube"))))
+def cube(name, value):
+    return Condition("exists", Filter(((name, value), ("shape", "cube"))))
 
 
-TREE = PolicyTree(2, (cube("red"), cube("blue"), cube("green")), ("Owl", "Fox", "Elk"), ("a", "b", "c", "d"))
+CONDITIONS = (cube("color", "red"), cube("size", "large"), cube("color", "green"))
+TREE = PolicyTree(2, CONDITIONS, ("Owl", "Fox", "Elk"), ("a", "b", "c", "d"))
 
 
 def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():

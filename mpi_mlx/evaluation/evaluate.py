@@ -1,0 +1,171 @@
+"""One model, one set of examples, with or without the document in context: a row and its predictions."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+
+from mpi_mlx.data.completion import split_completion
+from mpi_mlx.data.examples import Example
+from mpi_mlx.documents import PolicyDocument, place_document
+from mpi_mlx.errors import DataError
+from mpi_mlx.evaluation.metrics import majority_share, same_text, share, wilson_interval
+from mpi_mlx.rollouts.prefill import prefill
+from mpi_mlx.rollouts.rewards import exact_match, trace, well_formed
+from mpi_mlx.rollouts.sampler import SamplingStats, generate_greedy
+from mpi_mlx.rollouts.tool_calls import parse_tool_calls, tool_call_score
+
+PREFILL_PROMPTS = 5  # prompts whose prefill is timed alone
+Progress = Callable[[int, int], None]  # (examples answered, examples in all)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A line of predictions.jsonl. ``trace_match`` is None where the example has no trace."""
+
+    id: str
+    model: str
+    document_in_context: bool
+    completion: str
+    answer: str
+    expected: str
+    correct: bool
+    trace_match: bool | None
+    finished: bool
+
+
+def evaluate(
+    model,
+    examples: Sequence[Example],
+    document: PolicyDocument | None = None,
+    *,
+    label: str,
+    spec,
+    reasoning: bool = True,
+    progress: Progress | None = None,
+) -> tuple[dict, list[dict]]:
+    """Greedy answers to ``examples``, graded.
+
+    Args:
+        document: placed in context when given; None is the model on its own.
+        label: names the model in the row: ``base``, ``cpt``, ``sft``, ``rl`` ...
+        spec: the recipe's ``evaluation``: ``batch_size``, ``max_completion_tokens``, ``samples``.
+        reasoning: whether completions should hold a trace (for the format rate).
+
+    Returns:
+        (row, predictions): the row of results.json (see ``_row``) and the lines of predictions.jsonl.
+
+    Raises:
+        DataError: no examples, or one without an answer.
+    """
+    examples = list(examples)[: getattr(spec, "samples", None)]
+    if not examples:
+        raise DataError("evaluation: the test split is empty; give it examples with answers")
+    for example in examples:
+        if example.answer is None:
+            raise DataError(f"evaluation: example {example.id!r} has no answer to compare with")
+    prompts = [
+        model.encode(place_document(e.messages, document), tools=e.tools, generation_prompt=True)
+        for e in examples
+    ]
+    began = time.perf_counter()
+    stats = SamplingStats()
+    completions = _generate(model, prompts, spec, stats, progress)
+    seconds = time.perf_counter() - began
+    predictions = [
+        _grade(e, model.decode(c.ids), c.finished, label, document is not None)
+        for e, c in zip(examples, completions, strict=True)
+    ]
+    row = _row(examples, predictions, label, document is not None, reasoning)
+    row |= {
+        "prompt_tokens": statistics.fmean(len(p.ids) for p in prompts),
+        "completion_tokens": statistics.fmean(len(c.ids) for c in completions),
+        "prefill_seconds": time_prefill(model, prompts),
+        "seconds": seconds,
+        "decode_tokens_per_second": stats.decode_tokens / max(stats.decode_seconds, 1e-9),
+    }
+    return row, [asdict(p) for p in predictions]
+
+
+def time_prefill(model, prompts: Sequence, count: int = PREFILL_PROMPTS) -> float:
+    """Seconds to prefill one prompt, alone and whole: median over a few, spread over ``prompts``.
+
+    Image features are taken from the cache, so this is the language model's part, which is what the
+    document costs in every query. One untimed forward warms up.
+    """
+    step = max(1, len(prompts) // count)
+    chosen = prompts[::step][:count]
+    times = []
+    for prompt in [chosen[0], *chosen]:
+        began = time.perf_counter()
+        mx.eval(model.head(prefill(model, [prompt]).hidden))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _generate(model, prompts, spec, stats: SamplingStats, progress: Progress | None) -> list:
+    # Slices let a caller show progress; each prefills the document once.
+    size = spec.batch_size if progress is not None else len(prompts)
+    completions = []
+    for start in range(0, len(prompts), size):
+        completions += generate_greedy(
+            model, prompts[start : start + size], max_tokens=spec.max_completion_tokens,
+            batch_size=spec.batch_size, stats=stats,
+        )
+        if progress is not None:
+            progress(len(completions), len(prompts))
+    return completions
+
+
+def _grade(example: Example, text: str, finished: bool, label: str, in_context: bool) -> Prediction:
+    reasoning, answer = split_completion(text)
+    matches = None
+    if example.reasoning is not None:
+        matches = same_text(reasoning or "", example.reasoning)
+    return Prediction(
+        id=example.id, model=label, document_in_context=in_context, completion=text, answer=answer,
+        expected=example.answer, correct=exact_match(text, example) == 1.0, trace_match=matches,
+        finished=finished,
+    )
+
+
+def _row(
+    examples: Sequence[Example],
+    predictions: Sequence[Prediction],
+    label: str,
+    in_context: bool,
+    reasoning: bool,
+) -> dict:
+    """The graded part of a row.
+
+    ``trace_match``: share of traces equal to the reference trace, blanks aside; null without reference traces
+    or where none is wanted. ``trace_consistent``: share of traces that are true to the document and to
+    themselves (benchmark only). ``majority``: what the most frequent expected answer would earn.
+    """
+    n, right = len(predictions), sum(p.correct for p in predictions)
+    matches = [p.trace_match for p in predictions if p.trace_match is not None] if reasoning else []
+    consistent = [
+        trace(p.completion, e) == 1.0
+        for e, p in zip(examples, predictions, strict=True)
+        if reasoning and "tree" in e.meta
+    ]
+    row = {
+        "model": label,
+        "document_in_context": in_context,
+        "accuracy": right / n,
+        "accuracy_ci": list(wilson_interval(right, n)),
+        "format_rate": share(well_formed(p.completion, reasoning=reasoning) for p in predictions),
+        "trace_match": share(matches),
+        "trace_consistent": share(consistent),
+        "n": n,
+        "majority": majority_share(p.expected for p in predictions),
+        "finished": share(p.finished for p in predictions),
+    }
+    calls = [p for p in predictions if parse_tool_calls(p.expected)]
+    if calls:
+        row["tool_call_score"] = statistics.fmean(tool_call_score(p.answer, p.expected) for p in calls)
+    return row
