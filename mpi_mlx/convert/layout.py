@@ -179,7 +179,8 @@ def head_and_embedding(family: Family) -> tuple[str, str]:
     return head, text + "embed_tokens.weight"
 
 
-def _same(a: Entry, b: Entry) -> bool:
+def same_values(a: Entry, b: Entry) -> bool:
+    """Whether two entries hold the same numbers; stored bytes are compared block by block."""
     if a.shape != b.shape:
         return False
     if a.stored and b.stored and a.dtype == b.dtype:
@@ -197,7 +198,7 @@ def _settle_head(layout: Layout) -> None:
             raise ConversionError(f"the config is untied, but the checkpoint has no {head}")
         return
     if layout.tied:
-        if _same(layout.entries[head], layout.entries[embedding]):
+        if same_values(layout.entries[head], layout.entries[embedding]):
             del layout.entries[head]
         else:
             untie(layout, "its head differs from its embedding")

@@ -89,9 +89,9 @@ def to_mlx(
                 ("transformers on the source", "torch", folder, None),
                 ("mlx on the result", "mlx", work, None),
             ]
-            checks.check_logits(report, layout.config, sides, _float32_bytes(layout))
+            checks.check_logits(report, layout.config, sides, float32_bytes(layout))
         if quantize:
-            _quantize_in_place(work, quantize, report, check, layout)
+            quantize_in_place(work, quantize, report, check, layout)
         write_card(work, source=str(source), action="to-mlx", quantize=quantize, license_from=folder)
     return report
 
@@ -105,7 +105,7 @@ def loads_in_mlx(layout: Layout) -> bool:
     return True
 
 
-def _float32_bytes(layout: Layout) -> int:
+def float32_bytes(layout: Layout) -> int:
     return sum(4 * int(_product(e.shape)) for e in layout.entries.values())
 
 
@@ -116,7 +116,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return out
 
 
-def _quantize_in_place(work: Path, bits: int, report: ConversionReport, check: bool, layout: Layout) -> None:
+def quantize_in_place(work: Path, bits: int, report: ConversionReport, check: bool, layout: Layout) -> None:
     """Replace the float weights of ``work`` by quantized ones, and report what that costs."""
     from mpi_mlx.models.probe import quantize_folder
 
@@ -126,7 +126,7 @@ def _quantize_in_place(work: Path, bits: int, report: ConversionReport, check: b
     if check:
         loss = ConversionReport("", work, report.family)
         sides = [("the float result", "mlx", work, None), (f"{bits} bits", "mlx", out, None)]
-        checks.check_logits(loss, layout.config, sides, _float32_bytes(layout))
+        checks.check_logits(loss, layout.config, sides, float32_bytes(layout))
         if loss.errors:
             report.notes.append(f"loss of quantizing to {bits} bits, as logits error: {loss.worst:.1e}")
     for path in work.glob("*.safetensors*"):
@@ -184,7 +184,7 @@ def to_hf(
             if in_mlx:
                 sides.append(("mlx on the result", "mlx", work, None))
             sides.append(("transformers on the result", "torch", work, None))
-            checks.check_logits(report, layout.config, sides, _float32_bytes(layout))
+            checks.check_logits(report, layout.config, sides, float32_bytes(layout))
         write_card(work, source=str(source), action="to-hf", license_from=folder)
     return report
 

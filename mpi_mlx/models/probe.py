@@ -164,7 +164,11 @@ def load_net(folder: str | Path, *, lazy: bool = False, adapter: str | Path | No
         from mlx_lm.utils import load_model
 
         net, _ = load_model(Path(folder), lazy=lazy)
-        return load_adapters(net, str(adapter)) if adapter else net
+        if adapter:
+            _quantize_as_trained(net, adapter)
+            load_adapters(net, str(adapter))
+            net.eval()
+        return net
     from mlx_vlm.trainer.peft.utils import apply_lora_layers
     from mlx_vlm.utils import load_model
 
@@ -173,6 +177,22 @@ def load_net(folder: str | Path, *, lazy: bool = False, adapter: str | Path | No
         net = apply_lora_layers(net, str(adapter))
         net.eval()
     return net
+
+
+def _quantize_as_trained(net, adapter: str | Path) -> None:
+    """mlx-vlm quantizes a base as its adapter's config records; mlx-lm does not know that entry."""
+    import mlx.nn as nn
+
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    wanted = config.get("base_quantization") or {}
+    done = {n for n, m in net.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))}
+    wanted = {
+        n: {k: v for k, v in s.items() if k in ("group_size", "bits")}
+        for n, s in wanted.items()
+        if n not in done
+    }
+    if wanted:
+        nn.quantize(net, class_predicate=lambda name, _: wanted.get(name, False))
 
 
 def _vlm_logits(net, config: dict, probe: Probe):

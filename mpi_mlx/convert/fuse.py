@@ -1,0 +1,165 @@
+"""Fold an adapter into its base: a complete folder without LoRA, merged in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mpi_mlx.convert import checks
+from mpi_mlx.convert import families as fam
+from mpi_mlx.convert.adapters import Adapter, LowRank, check_fit, find_adapter, read_mlx_adapter
+from mpi_mlx.convert.bases import mlx_view, run_recipe
+from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.folders import check_disk, find_source, staged
+from mpi_mlx.convert.layout import Entry, Layout, head_and_embedding, untie
+from mpi_mlx.convert.report import ConversionReport
+from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, from_float32
+from mpi_mlx.convert.weights import float32_bytes, quantize_in_place, read_layout, write_folder
+from mpi_mlx.errors import ConversionError
+
+
+def fuse(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    base: str | Path | None = None,
+    quantize: int | None = None,
+    dtype: str | None = None,
+    check: bool = True,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    action: str = "fuse",
+) -> ConversionReport:
+    """Merge a run's (or a folder's) MLX adapter into its base, in float32, tensor by tensor.
+
+    A quantized base is dequantized first, so the result equals base + adapter; ``quantize`` (4 or 8) quantizes
+    the result again and reports what that loses. ``base`` defaults to the one the adapter or run names.
+    """
+    if quantize not in (None, 4, 8):
+        raise ConversionError(f"quantize is 4 or 8, not {quantize}")
+    path = Path(source).expanduser()
+    folder = find_adapter(path)
+    base_folder = find_source(base) if base else _recorded_base(folder)
+    _, layout = read_layout(base_folder, for_mlx=action != "to-hf")
+    adapter = read_mlx_adapter(folder, layout.family)
+    notes = _apply(layout, adapter, folder, dtype)
+    final = Path(destination).expanduser()
+    size = sum(e.output().nbytes for e in layout.entries.values())
+    check_disk(final, size * (2 if quantize else 1))
+    with staged(final, overwrite=overwrite) as work:
+        report = write_folder(
+            layout, base_folder, final, work, dtype=dtype, shard_bytes=shard_bytes, for_mlx=action != "to-hf"
+        )
+        report.action = action
+        report.notes += notes
+        if check:
+            with mlx_view(base_folder, report) as runnable:
+                sides = [("base and adapter", "mlx", runnable, folder)] if runnable else []
+                sides.append(("the fused folder", "mlx", work, None))
+                if action == "to-hf":
+                    sides.append(("transformers on the fused folder", "torch", work, None))
+                checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+        if quantize:
+            quantize_in_place(work, quantize, report, check, layout)
+        recipe = run_recipe(folder)
+        write_card(
+            work,
+            source=str(base or (recipe.get("model") or {}).get("base") or base_folder),
+            action=action,
+            quantize=quantize,
+            stages=[s.get("stage", "?") for s in recipe.get("stages") or []],
+            document=document_of(folder, recipe),
+            adapter={"kind": adapter.kind, "rank": adapter.rank, "scale": adapter.scale},
+            license_from=base_folder,
+        )
+    return report
+
+
+def _recorded_base(folder: Path) -> Path:
+    recipe = (run_recipe(folder).get("model") or {}).get("base")
+    if recipe:
+        return find_source(recipe)
+    from mpi_mlx.convert.adapters import CONFIG, read_json
+
+    named = read_json(folder / CONFIG).get("mpi_mlx", {}).get("base")
+    if not named:
+        raise ConversionError(f"{folder} does not name its base: pass --base MODEL")
+    return find_source(named)
+
+
+def document_of(folder: Path, recipe: dict) -> dict | None:
+    """Name and sha256 of the run's policy document: as the run recorded it, else of the recipe's own files."""
+    import json
+
+    for place in (folder / "environment.json", folder.parent / "environment.json"):
+        if place.is_file():
+            try:
+                found = json.loads(place.read_text()).get("document")
+            except (ValueError, AttributeError):
+                found = None
+            if isinstance(found, dict) and found.get("sha256"):
+                return found
+            if isinstance(found, str):
+                return {"name": "", "sha256": found}
+    data = recipe.get("data") or {}
+    if data.get("document") and Path(data["document"]).exists():
+        from mpi_mlx.documents import load_document
+
+        document = load_document(Path(data["document"]))
+        return {"name": document.name, "sha256": document.sha256}
+    return None
+
+
+def _quantized_as_trained(entry: Entry, spec: dict) -> Entry:
+    """A float tensor rounded to the bits it was quantized to in training, in its own type."""
+    read, dtype = entry.read, entry.dtype
+
+    def rounded() -> np.ndarray:
+        import mlx.core as mx
+
+        with mx.stream(mx.cpu):
+            weight = mx.array(read())
+            weight = weight.view(mx.bfloat16) if dtype == "BF16" else weight
+            sizes = dict(group_size=spec["group_size"], bits=spec["bits"])
+            back = mx.dequantize(*mx.quantize(weight, **sizes), **sizes)
+            return np.array(back.view(mx.uint16) if dtype == "BF16" else back)
+
+    return Entry(entry.name, dtype, entry.shape, rounded)
+
+
+def _merged(entry: Entry, low: LowRank, dtype: str) -> Entry:
+    def read() -> np.ndarray:
+        return from_float32(low.merged(entry.float32()), dtype)
+
+    return Entry(entry.name, dtype, entry.shape, read)
+
+
+def _apply(layout: Layout, adapter: Adapter, folder: Path, dtype: str | None) -> list[str]:
+    """Replace the adapted entries by merged ones; nothing is computed before it is written."""
+    entries, notes = layout.entries, []
+    head, embedding = head_and_embedding(layout.family)
+    touched = {n + ".weight" for n in adapter.modules} | set(adapter.saved)
+    if layout.tied and head in touched:
+        source = entries[embedding]
+        entries[head] = Entry(head, source.dtype, source.shape, source.read, source.stored)
+        untie(layout, "the adapter trains the head by itself")
+    check_fit(adapter, {n: e.shape for n, e in entries.items()}, folder)
+    quantized = 0
+    for tree, spec in adapter.base_quantization.items():
+        name = fam.disk_name(layout.family, tree + ".weight")
+        if name in entries and entries[name].stored is not None:
+            entries[name] = _quantized_as_trained(entries[name], spec)
+            quantized += 1
+    if quantized:
+        notes.append(
+            f"{quantized} tensors were rounded to the {spec['bits']} bits that the adapter was trained on"
+        )
+    for name, tensor in adapter.saved.items():
+        entries[name] = Entry(name, tensor.dtype, tensor.shape, tensor.read, tensor)
+    for name, low in adapter.modules.items():
+        entry = entries[name + ".weight"]
+        # merged straight into the type asked for: one rounding, not two
+        entries[entry.name] = _merged(entry, low, DTYPE_NAMES[dtype] if dtype else entry.dtype)
+    notes.append(f"{len(adapter.modules)} linears merged in float32")
+    return notes
