@@ -94,7 +94,7 @@ def written_splits(dataset: Dataset) -> list[str]:
 def save_images(
     jobs: list[tuple[Path, ImageRef]], *, workers: int = 1, progress: Progress | None = None
 ) -> None:
-    """Draw or copy images to PNG files, in ``workers`` processes."""
+    """Draw or copy images to PNG files, in ``workers`` processes (more than 1: the main module is guarded)."""
     for file, _ in jobs:
         file.parent.mkdir(parents=True, exist_ok=True)
     workers = min(workers, -(-len(jobs) // 8))
@@ -169,7 +169,9 @@ def _write_lines(path: Path, examples: Iterable[Example], plan: _ImagePlan) -> N
             row["meta"] = example.meta
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(partial, path)
 
 
 def _plain(message: dict, identity: str, plan: _ImagePlan) -> dict:
