@@ -1,0 +1,95 @@
+"""The sentences at the top of a report, computed from the rows; they say it plainly when it did not work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpi_mlx.evaluation.figures import prompt_cost, stage_title
+from mpi_mlx.evaluation.results import find_row
+
+CLOSE = 0.03  # within so much of the base with the document counts as level with it
+GOOD = 0.80  # less than this is not called internalized, whatever it is compared with
+TRUSTED_TRACE = 0.85
+
+
+def final_row(rows: Sequence[dict]) -> dict | None:
+    """The last trained model without the document."""
+    trained = [r for r in rows if r["model"] != "base" and not r["document_in_context"]]
+    return trained[-1] if trained else None
+
+
+def headline(rows: Sequence[dict]) -> str:
+    """One or two sentences: did the last stage's model learn the document, beside what it must beat.
+
+    The bars: the majority answer and the base without the document (the 95% interval must lie above both),
+    and the base with the document in context.
+    """
+    final = final_row(rows)
+    if final is None:
+        return "Nothing was trained: these are the base model's figures."
+    bare, carried = find_row(rows, "base", False), find_row(rows, "base", True)
+    majority = final.get("majority") or 0.0
+    floor = max(majority, bare["accuracy"] if bare else 0.0)
+    name = "the most frequent answer" if floor == majority else "the base model"
+    found = f"{final['accuracy']:.1%} of {final['n']} held-out examples right without the document"
+    low = (final.get("accuracy_ci") or [final["accuracy"]])[0]
+    if low <= floor:
+        return (
+            f"**Not internalized:** after {stage_title(final['model'])}, {found}; that is not above {name} "
+            f"({floor:.1%}). {_carried_says(carried)}".rstrip()
+        )
+    gap = final["accuracy"] - carried["accuracy"] if carried else 0.0
+    done = gap >= -CLOSE and final["accuracy"] >= GOOD
+    beside = ""
+    if carried is not None:
+        side = "above" if gap > 0 else "below"
+        how = "level with" if abs(gap) <= CLOSE else f"{100 * abs(gap):.1f} points {side}"
+        beside = f", {how} the base model carrying the document ({carried['accuracy']:.1%})"
+    verdict = "Internalized" if done else "Partly internalized"
+    return f"**{verdict}:** {found}{beside}; {name} earns {floor:.1%}. {_cost_says(rows)}".rstrip()
+
+
+def caveats(rows: Sequence[dict], forgetting: dict | None = None) -> list[str]:
+    """What a reader should know before trusting the model; empty when nothing stands out."""
+    final = final_row(rows)
+    out = []
+    if final is None:
+        return out
+    match = final.get("trace_consistent")
+    what = "is true to the document and to itself"
+    if match is None:
+        match, what = final.get("trace_match"), "equals the reference trace"
+    if match is not None and match < TRUSTED_TRACE:
+        out.append(
+            f"The reasoning {what} in only {match:.0%} of the answers: the answer may be right and the trace "
+            "wrong. Add a `trace` reward, `kl_coef` or `sft_coef` to the rl stage."
+        )
+    if final["format_rate"] is not None and final["format_rate"] < 0.95:
+        out.append(f"Only {final['format_rate']:.0%} of the answers are well formed.")
+    if final.get("finished") is not None and final["finished"] < 0.95:
+        out.append(
+            f"{1 - final['finished']:.0%} of the answers were cut off; raise "
+            "evaluation.max_completion_tokens."
+        )
+    if final["n"] < 100:
+        out.append(f"Only {final['n']} examples were asked; intervals are wide.")
+    if forgetting and forgetting["rise"] > 0.10:
+        out.append(
+            f"Perplexity on unrelated text rose by {forgetting['rise']:.0%}: something else was forgotten. "
+            "Train fewer steps, or with a lower learning rate or rank."
+        )
+    return out
+
+
+def _carried_says(carried: dict | None) -> str:
+    if carried is None:
+        return ""
+    return f"The base model with the document in context reaches {carried['accuracy']:.1%}."
+
+
+def _cost_says(rows: Sequence[dict]) -> str:
+    cost = prompt_cost(rows)
+    if cost is None:
+        return ""
+    before, after = (r["prompt_tokens"] for r in cost)
+    return f"The prompt shrinks from {before:,.0f} to {after:,.0f} tokens ({after / before - 1:+.0%})."
