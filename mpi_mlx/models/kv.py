@@ -8,21 +8,19 @@ begin, for text models) and `update_and_fetch` (the keys to attend to). Four ans
 - `SharedPrefixCache`: rows that continue stored prefixes, many rows a prefix, without copying it to the rows.
 - `DecodeCache`: the same, one token at a time, into buffers that grow; rows can be dropped.
 
-The last two need the attention itself to know about prefixes: `route_attention(net)` makes the net's
-`scaled_dot_product_attention` ask the cache first. Shapes: B rows, S stored prefixes, Hq query heads,
-H key/value heads, T new tokens, L stored tokens, D head size.
+The last two need the attention itself to know about prefixes: `route_attention(net)` makes the net's ask the
+cache first. Shapes: B rows, S stored prefixes, Hq query heads, H heads of keys and values, T new tokens,
+L stored tokens, D head size.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mpi_mlx.errors import ModelError
+from mpi_mlx.models.attention import MASKED, attention_over_parts, route_attention
 
 _GROWTH = 64  # tokens by which decode buffers grow
 
@@ -36,6 +34,7 @@ class PackedMask:
     """
 
     offset = 0
+    plain = True  # attention is the model's own, or what stands in for it
 
     def __init__(self, segments: np.ndarray | mx.array):
         self._segments = mx.array(segments)
@@ -62,6 +61,7 @@ class RecordingCache:
     """Plain causal attention over one forward; keeps `keys` and `values` (B, H, T, D), gradients and all."""
 
     offset = 0
+    plain = True  # attention is the model's own, or what stands in for it
     keys: mx.array | None = None
     values: mx.array | None = None
 
@@ -196,7 +196,7 @@ class Layout:
                 seen = seen & (at <= position[:, None, :, None])
             if window:
                 seen = seen & (at > position[:, None, :, None] - window)
-            return None if seen.all() else mx.where(mx.array(seen), 0.0, -1e9)
+            return None if seen.all() else mx.where(mx.array(seen), 0.0, MASKED)
 
         entries = []
         for prefix in block.prefixes:
@@ -206,7 +206,7 @@ class Layout:
             entries.append(bias(start, lengths, prefix.width, False))
         if window is None:
             causal = np.tril(np.ones((new, own), bool), own - new)
-            entries.append(None if causal.all() else mx.where(mx.array(causal)[None, None], 0.0, -1e9))
+            entries.append(None if causal.all() else mx.where(mx.array(causal)[None, None], 0.0, MASKED))
         else:
             entries.append(bias(block.lengths, np.full(block.rows, own), own, True))
         return entries
@@ -255,12 +255,12 @@ class SharedPrefixCache:
         biases = self.layout.biases(queries.shape[2], keys.shape[2], window)
         blocks = self.layout.blocks
         if len(blocks) == 1:
-            return cascade_attention(queries, [*self.prefixes[0], (keys, values)], biases[0], scale)
+            return attention_over_parts(queries, [*self.prefixes[0], (keys, values)], biases[0], scale)
         outputs, start = [], 0
         for block, prefixes, bias in zip(blocks, self.prefixes, biases, strict=True):
             rows = slice(start, start + block.rows)
             own = (keys[rows], values[rows])
-            outputs.append(cascade_attention(queries[rows], [*prefixes, own], bias, scale))
+            outputs.append(attention_over_parts(queries[rows], [*prefixes, own], bias, scale))
             start += block.rows
         return mx.concatenate(outputs)
 
@@ -288,48 +288,6 @@ class DecodeCache(SharedPrefixCache):
         return other
 
 
-def cascade_attention(
-    queries: mx.array,
-    parts: Sequence[tuple[mx.array, mx.array]],
-    biases: Sequence[mx.array | None],
-    scale: float,
-) -> mx.array:
-    """Softmax attention of `queries` (B, Hq, T, D) over the keys of all `parts` together.
-
-    A part is keys and values (S, H, L, D) with S a divisor of B, used by B / S consecutive rows each and
-    multiplied as one matrix for all of them. `biases` broadcast to (S or B, 1, T, L). One softmax runs over
-    the parts' joined scores: on CPUs exp costs most, and merging by log-sum-exp would take it twice.
-    (Shared-prefix attention as in Hydragen, arXiv 2402.05099.)
-    """
-    rows, heads, length, size = queries.shape
-    groups = parts[0][0].shape[1]
-    repeat = heads // groups
-    queries = (queries * scale).reshape(rows, groups, repeat * length, size).swapaxes(0, 1)
-    scores = []
-    for (keys, _), bias in zip(parts, biases, strict=True):
-        count = keys.shape[0]
-        score = queries.reshape(groups, count, -1, size) @ keys.transpose(1, 0, 3, 2)
-        if bias is not None:
-            if bias.shape[2] == 1 and bias.shape[0] in (1, count):
-                score = score + bias.squeeze(1)
-            else:
-                score = score.reshape(groups, rows, repeat, length, -1)
-                score = score + (bias if bias.shape[0] == rows else mx.repeat(bias, rows // bias.shape[0], 0))
-        scores.append(score.reshape(groups, rows, repeat * length, -1))
-    joined = scores[0] if len(scores) == 1 else mx.concatenate(scores, axis=-1)
-    weights = mx.softmax(joined, axis=-1, precise=True)
-    output, start = None, 0
-    for score, (_, values) in zip(scores, parts, strict=True):
-        width, count = score.shape[-1], values.shape[0]
-        part = weights if len(parts) == 1 else weights[..., start : start + width]
-        part = part.reshape(groups, count, -1, width) @ values.swapaxes(0, 1)
-        part = part.reshape(groups, rows, repeat * length, -1)
-        output = part if output is None else output + part
-        start += width
-    output = output.reshape(groups, rows, repeat, length, -1).swapaxes(0, 1)
-    return output.reshape(rows, heads, length, -1)
-
-
 def recording_caches(num_layers: int) -> list[RecordingCache]:
     return [RecordingCache() for _ in range(num_layers)]
 
@@ -352,26 +310,7 @@ def compact(caches: Sequence[DecodeCache], blocks: Sequence[Block], rows: np.nda
     return [c.take(layout, index) for c in caches]
 
 
-def route_attention(net: nn.Module) -> None:
-    """Make the net's attention ask its cache: `scaled_dot_product_attention` in the modules that define its
-    layers hands over to `cache.attend` where there is one, and is what it was otherwise. Idempotent.
-    """
-    for name in {type(m).__module__ for m in net.modules()}:
-        module = sys.modules.get(name)
-        original = getattr(module, "scaled_dot_product_attention", None)
-        if original is not None and not hasattr(original, "routed"):
-            module.scaled_dot_product_attention = _routed(original)
-
-
-def _routed(original: Callable) -> Callable:
-    @wraps(original)
-    def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **options):
-        attend = getattr(cache, "attend", None)
-        if attend is None:
-            return original(queries, keys, values, cache, scale=scale, mask=mask, **options)
-        if options.get("sinks") is not None:
-            raise ModelError("attention sinks with shared prefixes are not supported; use another base model")
-        return attend(queries, keys, values, scale, mask)
-
-    attention.routed = True
-    return attention
+__all__ = [
+    "Block", "DecodeCache", "Layout", "PackedMask", "Prefix", "RecordingCache", "SharedPrefixCache",
+    "compact", "decode_caches", "recording_caches", "route_attention", "shared_prefix_caches",
+]  # fmt: skip

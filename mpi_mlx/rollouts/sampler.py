@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mpi_mlx.elementwise import logsumexp, softmax
 from mpi_mlx.models import kv
 from mpi_mlx.models.pieces import Cluster, cluster_prompts
 from mpi_mlx.rollouts.prefill import prefill, prefill_shared
@@ -178,7 +179,7 @@ class _Draw:
         logits = self.model.head(hidden).astype(mx.float32)
         if self.temperature == 0:
             return self._greedy(logits)
-        probabilities = mx.softmax(logits * (1.0 / self.temperature), axis=-1)
+        probabilities = softmax(logits * (1.0 / self.temperature))
         tokens = self._invert(probabilities, mx.array(uniforms)[:, None])
         return tokens.squeeze(-1), mx.log(mx.take_along_axis(probabilities, tokens, axis=-1)).squeeze(-1)
 
@@ -188,7 +189,7 @@ class _Draw:
         if not self.logprobs:
             return tokens, mx.zeros(tokens.shape)
         picked = mx.take_along_axis(logits, tokens[:, None], axis=-1).squeeze(-1)
-        return tokens, picked - mx.logsumexp(logits, axis=-1)
+        return tokens, picked - logsumexp(logits)
 
     def _invert(self, probabilities: mx.array, uniforms: mx.array) -> mx.array:
         """The first token (B, 1) at which the cumulated probability passes `uniforms` (B, 1)."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, and the losses built on them. Needs only mlx.
+"""Log-probabilities of chosen tokens, and the losses built on them. Needs only mlx (and `elementwise`).
 
 Every loss takes arrays and returns a *sum* and its *normaliser*; the caller adds both over micro-batches and
 divides once, so that splitting a batch never changes the loss. Shapes: N positions, D hidden, V vocabulary,
@@ -10,11 +10,15 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from mpi_mlx.elementwise import exp, logsumexp
+
 Aggregation = Literal["sequence", "token", "constant"]
 Head = mx.array | tuple[mx.array, mx.array] | Callable[[mx.array], mx.array]
 
 _KEEP_BYTES = 64 * 2**20
 """Logits up to this size are kept for the backward pass; larger ones are recomputed chunk by chunk."""
+_CHUNK_BYTES = 128 * 2**20
+_CHUNK_BYTES_CPU = 4 * 2**20  # stays in the cache between the passes over it
 
 
 def token_logprobs(
@@ -26,9 +30,9 @@ def token_logprobs(
 ) -> mx.array:
     """Log-probabilities (N,) float32 of `targets` (N,) under softmax(head(hidden) / temperature).
 
-    Logits are never held for more than `chunk` positions: the forward keeps only their log-sum-exp, the
-    backward computes them again (as in Liger's and Apple's cut cross-entropy). Where all N x V logits are
-    small they are kept instead, which saves the second matmul.
+    Logits are computed for `chunk` positions at a time: the forward keeps only their log-sum-exp, the
+    backward computes them again (as in Liger's and Apple's cut cross-entropy). Where all N x V logits take
+    less than 64 MiB they are kept instead, which saves the second matmul.
 
     `head` is the (V, D) output matrix, `(matrix, bias (V,))`, or a callable hidden (n, D) -> logits (n, V)
     (a quantized head). Gradients reach `hidden` and the arrays; a callable's own parameters count as frozen.
@@ -38,18 +42,18 @@ def token_logprobs(
     """
     if targets.size == 0:
         return mx.zeros(targets.shape, mx.float32)
-    size = targets.size
+    width = _vocabulary(head, hidden)
     if chunk is None:
-        width = _vocabulary(head, hidden)
-        chunk = size if size * width * 4 <= _KEEP_BYTES else max(64, _KEEP_BYTES // 4 // (4 * width))
+        small = mx.default_device().type == mx.DeviceType.cpu
+        chunk = max(128, (_CHUNK_BYTES_CPU if small else _CHUNK_BYTES) // (4 * width))
     if callable(head):
         weights, project = [], lambda h: head(h)
     elif isinstance(head, tuple):
         weights, project = list(head), lambda h, w, b: mx.addmm(b, h, w.T)
     else:
         weights, project = [head], lambda h, w: h @ w.T
-    function = _chosen(project, targets, 1.0 / temperature, chunk)
-    return function(hidden, *weights)[0]
+    keep = targets.size * width * 4 <= _KEEP_BYTES
+    return _chosen(project, targets, 1.0 / temperature, chunk, keep)(hidden, *weights)[0]
 
 
 def _vocabulary(head: Head, hidden: mx.array) -> int:
@@ -58,10 +62,9 @@ def _vocabulary(head: Head, hidden: mx.array) -> int:
     return (head[0] if isinstance(head, tuple) else head).shape[0]
 
 
-def _chosen(project: Callable, targets: mx.array, inverse: float, chunk: int) -> Callable:
-    """The custom function (hidden, *weights) -> (logprobs (N,), log-sum-exp (N,)[, logits])."""
+def _chosen(project: Callable, targets: mx.array, inverse: float, chunk: int, keep: bool) -> Callable:
+    """The custom function (hidden, *weights) -> (logprobs (N,), log-sum-exp (N,), *kept logits)."""
     bounds = [(i, min(i + chunk, targets.size)) for i in range(0, targets.size, chunk)]
-    keep = len(bounds) == 1
 
     def scaled(h, weights):
         logits = project(h, *weights).astype(mx.float32)
@@ -69,50 +72,55 @@ def _chosen(project: Callable, targets: mx.array, inverse: float, chunk: int) ->
 
     @mx.custom_function
     def forward(hidden, *weights):
-        logprobs, normalisers = [], []
+        logprobs, normalisers, kept = [], [], []
         for start, stop in bounds:
             h = hidden[start:stop]
-            if normalisers:  # one chunk after the other, or all their logits would be alive at once
+            if logprobs:  # one chunk after the other, or all their logits would be alive at once
                 h = mx.depends([h], [logprobs[-1]])[0]
             logits = scaled(h, weights)
-            normaliser = mx.logsumexp(logits, axis=-1)
+            normaliser = logsumexp(logits)
             picked = mx.take_along_axis(logits, targets[start:stop, None], axis=-1).squeeze(-1)
             logprobs.append(picked - normaliser)
             normalisers.append(normaliser)
-        outputs = [mx.concatenate(logprobs), mx.concatenate(normalisers)]
-        return (*outputs, logits) if keep else tuple(outputs)
+            if keep:
+                kept.append(logits)
+        return (mx.concatenate(logprobs), mx.concatenate(normalisers), *kept)
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         hidden, *weights = primals if isinstance(primals, (tuple, list)) else (primals,)
-        grad_hidden, grad_weights, previous = [], None, None
-        for start, stop in bounds:
-            h, cot = hidden[start:stop], cotangents[0][start:stop, None] * inverse
-            if previous is not None:
-                h = mx.depends([h], [previous])[0]
-            logits = outputs[2] if keep else scaled(h, weights)
-            # d logprob / d logits = onehot - softmax
-            spread = mx.exp(logits - outputs[1][start:stop, None]) * -cot
-            rows = mx.arange(stop - start)
-            spread = spread.at[rows, targets[start:stop]].add(cot.squeeze(-1))
-            grads = _project_vjp(project, h, weights, spread)
+        grad_hidden, grad_weights = [], None
+        for i, (start, stop) in enumerate(bounds):
+            h, chosen = hidden[start:stop], targets[start:stop]
+            cotangent = cotangents[0][start:stop, None] * inverse
+            if grad_hidden:
+                h = mx.depends([h], [grad_hidden[-1]])[0]
+            logits = outputs[2 + i] if keep else scaled(h, weights)
+            probabilities = exp(logits - outputs[1][start:stop, None])
+            grads = _project_vjp(project, h, weights, chosen, probabilities, cotangent)
             grad_hidden.append(grads[0])
-            previous = grads[0]
             grad_weights = grads[1:] if grad_weights is None else list(map(mx.add, grad_weights, grads[1:]))
-        grad = grad_hidden[0] if len(bounds) == 1 else mx.concatenate(grad_hidden)
+        grad = mx.concatenate(grad_hidden)
         return (grad, *grad_weights) if weights else grad
 
     return forward
 
 
-def _project_vjp(project: Callable, h: mx.array, weights: list[mx.array], spread: mx.array) -> list[mx.array]:
-    """Gradients of `h` and of each weight. They are lazy: a frozen weight's is never computed."""
-    spread = spread.astype(h.dtype)
+def _project_vjp(project, h, weights, chosen, probabilities, cotangent) -> list[mx.array]:
+    """Gradients of `h` and of each weight where logits have the gradient (onehot - softmax) x cotangent.
+
+    The one-hot share is added to the products, not to a matrix of the logits' size. All is lazy: a frozen
+    weight's gradient is never computed.
+    """
+    cotangent = cotangent.astype(h.dtype)
+    spread = probabilities.astype(h.dtype) * -cotangent
     if not weights:
+        spread = spread.at[mx.arange(chosen.size), chosen].add(cotangent.squeeze(-1))
         return mx.vjp(project, [h], [spread])[1]
-    grads = [spread @ weights[0], spread.T @ h]
+    matrix = weights[0]
+    grads = [spread @ matrix + cotangent * matrix[chosen], (spread.T @ h).at[chosen].add(cotangent * h)]
     if len(weights) == 2:
-        grads.append(spread.sum(axis=0))
+        grads.append(spread.sum(axis=0).at[chosen].add(cotangent.squeeze(-1)))
     return grads
 
 
@@ -130,8 +138,8 @@ def entropy(head: Head, hidden: mx.array, temperature: float = 1.0, chunk: int =
         if values:
             h = mx.depends([h], [values[-1]])[0]
         logits = project(h).astype(mx.float32) / temperature
-        normaliser = mx.logsumexp(logits, axis=-1, keepdims=True)
-        values.append(mx.stop_gradient(-(mx.exp(logits - normaliser) * (logits - normaliser)).sum(axis=-1)))
+        logprobs = logits - logsumexp(logits)[:, None]
+        values.append(mx.stop_gradient(-(exp(logprobs) * logprobs).sum(axis=-1)))
     return mx.concatenate(values) if values else mx.zeros((0,))
 
 

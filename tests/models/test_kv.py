@@ -197,24 +197,6 @@ def test_join_pads_and_take_cuts():
     assert short.keys[0].shape == (2, 1, 3, 2) and short.lengths.tolist() == [1, 3]
 
 
-def test_grouped_heads_and_biases_by_hand():
-    """One query of two heads, keys of two parts; the masked key has no share."""
-    keys = mx.zeros((1, 1, 2, 2))
-    values = mx.array([[[[1.0], [100.0]]]])
-    own = (mx.zeros((2, 1, 1, 2)), mx.array([[[[3.0]]], [[[5.0]]]]))
-    bias = mx.array([[[[0.0, -1e9]]]])
-    out = kv.cascade_attention(mx.ones((2, 2, 1, 2)), [(keys, values), own], [bias, None], 1.0)
-    assert out.squeeze().tolist() == [[2.0, 2.0], [3.0, 3.0]]
-
-
-def test_routing_twice_is_routing_once():
-    stack = Stack(LLAMA)
-    module = __import__("sys").modules[type(stack.text.layers[0].self_attn).__module__]
-    routed = module.scaled_dot_product_attention
-    kv.route_attention(stack.net)
-    assert module.scaled_dot_product_attention is routed
-
-
 def test_attention_that_cannot_be_routed_is_refused():
     zeros = mx.zeros((1, 1, 1, 2))
     prefix = kv.Prefix([zeros], [zeros], np.array([1]), np.array([0]))

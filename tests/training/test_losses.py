@@ -37,7 +37,9 @@ def test_logprobs_of_uniform_head():
 
 @pytest.mark.parametrize("chunk", [None, 4, 11, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_equals_plain(problem, chunk, temperature):
+@pytest.mark.parametrize("keep", [0, 2**20])
+def test_chunked_equals_plain(problem, chunk, temperature, keep, monkeypatch):
+    monkeypatch.setattr(losses, "_KEEP_BYTES", keep)
     weight, hidden, targets, cot, _ = problem
 
     def ours(w, h):
@@ -87,7 +89,8 @@ def test_no_targets():
     assert losses.token_logprobs(mx.zeros((4, 2)), mx.zeros((0, 2)), mx.zeros((0,), mx.int32)).shape == (0,)
 
 
-def test_chunks_bound_the_memory():
+def test_chunks_bound_the_memory(monkeypatch):
+    monkeypatch.setattr(losses, "_KEEP_BYTES", 0)
     weight, hidden = mx.random.normal((4096, 8)), mx.random.normal((4096, 8))
     targets = mx.random.randint(0, 4096, (4096,))
     grad = mx.grad(lambda h: losses.token_logprobs(weight, h, targets, chunk=64).sum())

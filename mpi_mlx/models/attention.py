@@ -1,0 +1,159 @@
+"""Softmax attention over keys in several parts, and the routing of a model's attention to it.
+
+A part of the keys may belong to many rows at once (a prompt to its completions, a document to all prompts):
+it is multiplied once, as one matrix for all their queries, and never copied to the rows (shared-prefix
+attention as in Hydragen, arXiv 2402.05099). Shapes: B rows, S sequences of a part, Hq query heads, H heads of
+keys and values, T queries, L keys, D head size.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mpi_mlx import elementwise
+from mpi_mlx.errors import ModelError
+
+MASKED = -1e9
+_CAUSAL_BLOCK = 128  # queries a block: keys after the block are never looked at
+
+Part = tuple[mx.array, mx.array]
+
+
+def attention_over_parts(
+    queries: mx.array, parts: Sequence[Part], biases: Sequence[mx.array | None], scale: float
+) -> mx.array:
+    """Attention (B, Hq, T, D) of `queries` over the keys of all `parts` together, differentiable.
+
+    A part is keys and values (S, H, L, D) with S a divisor of B, used by B / S consecutive rows each.
+    `biases` are added to the scores; they broadcast to (S or B, 1, T, L), None adds nothing.
+    """
+    rows, heads, length, size = queries.shape
+    groups = parts[0][0].shape[1]
+    # heads first: then a part's rows are neighbours, and every reshape below is free
+    queries = (queries * scale).reshape(rows, groups, heads // groups * length, size).swapaxes(0, 1)
+    flat = [x.swapaxes(0, 1) for part in parts for x in part]
+    output = _over_parts(tuple(biases), length)(queries, *flat)[0]
+    output = output.reshape(groups, rows, heads // groups, length, -1).swapaxes(0, 1)
+    return output.reshape(rows, heads, length, -1)
+
+
+def _over_parts(biases: tuple[mx.array | None, ...], length: int) -> Callable:
+    """The custom function: queries (H, B, n, D), keys and values (H, S, L, D) of each part."""
+
+    def scores(queries, keys, bias):
+        groups, rows, count, _ = queries.shape
+        score = queries.reshape(groups, keys.shape[1], -1, queries.shape[-1]) @ keys.swapaxes(-1, -2)
+        score = score.astype(mx.float32)
+        if bias is None:
+            return score
+        if bias.shape[2] == 1 and bias.shape[0] in (1, keys.shape[1]):
+            return score + bias.squeeze(1)
+        if bias.shape[0] not in (1, rows):
+            bias = mx.repeat(bias, rows // bias.shape[0], axis=0)
+        shape = score.shape
+        return (score.reshape(groups, rows, count // length, length, -1) + bias).reshape(shape)
+
+    @mx.custom_function
+    def attend(queries, *flat):
+        groups, rows, count, _ = queries.shape
+        keys, values = flat[0::2], flat[1::2]
+        found = [scores(queries, k, b) for k, b in zip(keys, biases, strict=True)]
+        largest = None
+        for score in found:
+            top = score.max(axis=-1).reshape(groups, rows, count, 1)
+            largest = top if largest is None else mx.maximum(largest, top)
+        output, total, powers = None, None, []
+        for score, value in zip(found, values, strict=True):
+            power = elementwise.exp(score - largest.reshape(*score.shape[:-1], 1))
+            share = power.sum(axis=-1).reshape(groups, rows, count, 1)
+            power = power.astype(value.dtype)
+            part = (power @ value).reshape(groups, rows, count, -1)
+            output, total = (part, share) if output is None else (output + part, total + share)
+            powers.append(power)
+        inverse = 1.0 / total
+        return (output * inverse.astype(output.dtype), inverse, *powers)
+
+    @attend.vjp
+    def backward(primals, cotangents, outputs):
+        queries, keys, values = primals[0], primals[1::2], primals[2::2]
+        output, inverse, *powers = outputs
+        cotangent = cotangents[0] * inverse.astype(output.dtype)
+        delta = (cotangent * output).sum(axis=-1, keepdims=True)
+        grad_queries, grads = None, []
+        for power, key, value in zip(powers, keys, values, strict=True):
+            into = (*power.shape[:-1], -1)
+            cot = cotangent.reshape(into)
+            spread = power * (cot @ value.swapaxes(-1, -2) - delta.reshape(into))
+            part = (spread @ key).reshape(queries.shape)
+            grad_queries = part if grad_queries is None else grad_queries + part
+            grads += [spread.swapaxes(-1, -2) @ queries.reshape(into), power.swapaxes(-1, -2) @ cot]
+        return (grad_queries, *grads)
+
+    return attend
+
+
+def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Causal attention (B, Hq, T, D) of T queries over T keys, in blocks that skip the keys after them."""
+    length, outputs = queries.shape[2], []
+    if keys.shape[2] != length:
+        raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
+    for start in range(0, length, _CAUSAL_BLOCK):
+        stop = min(start + _CAUSAL_BLOCK, length)
+        position = mx.arange(stop - start)
+        bias = mx.where(position[:, None] >= position, 0.0, MASKED)[None, None]
+        parts, biases = [(keys[:, :, start:stop], values[:, :, start:stop])], [bias]
+        if start:
+            parts.insert(0, (keys[:, :, :start], values[:, :, :start]))
+            biases.insert(0, None)
+        outputs.append(attention_over_parts(queries[:, :, start:stop], parts, biases, scale))
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def route_attention(net: nn.Module) -> None:
+    """Route the attention (and, where exp is slow, the SwiGLU) of a net's layers through this project's.
+
+    `scaled_dot_product_attention` and `swiglu` are replaced in the modules that define the layers. Attention
+    goes to `cache.attend` where the cache has one; where MLX's own would take exponentials one by one, plain
+    float32 attention is computed here as well. Everything else is what it was. Idempotent.
+    """
+    for name in {type(m).__module__ for m in net.modules()}:
+        module = sys.modules.get(name)
+        for function, routed in (("scaled_dot_product_attention", _routed), ("swiglu", _routed_swiglu)):
+            original = getattr(module, function, None)
+            if original is not None and not hasattr(original, "routed"):
+                setattr(module, function, routed(original))
+                getattr(module, function).routed = True
+
+
+def _routed(original: Callable) -> Callable:
+    @wraps(original)
+    def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **options):
+        attend = getattr(cache, "attend", None)
+        if attend is not None:
+            if options.get("sinks") is not None:
+                raise ModelError("attention sinks and shared prefixes do not go together; take another base")
+            return attend(queries, keys, values, scale, mask)
+        own = cache is None or hasattr(cache, "plain")
+        if own and not any(v is not None for v in options.values()) and elementwise.is_slow(queries):
+            if isinstance(mask, str) and queries.shape[2] == keys.shape[2]:
+                return causal_attention(queries, keys, values, scale)
+            if mask is None or (isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == 1):
+                bias = mask
+                if mask is not None and mask.dtype == mx.bool_:
+                    bias = mx.where(mask, 0.0, MASKED)
+                return attention_over_parts(queries, [(keys, values)], [bias], scale)
+        return original(queries, keys, values, cache, scale=scale, mask=mask, **options)
+
+    return attention
+
+
+def _routed_swiglu(original: Callable) -> Callable:
+    @wraps(original)
+    def swiglu(gate, x):
+        output = elementwise.swiglu(gate, x)
+        return original(gate, x) if output is None else output
+
+    return swiglu
