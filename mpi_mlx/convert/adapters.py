@@ -17,6 +17,7 @@ import numpy as np
 
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.families import Family
+from mpi_mlx.convert.layout import Entry
 from mpi_mlx.convert.shards import Output, Stored, read_header, to_float32, write_file
 from mpi_mlx.errors import ConversionError
 
@@ -53,7 +54,7 @@ class Adapter:
     scale: float
     dropout: float
     modules: dict[str, LowRank]
-    saved: dict[str, Stored] = field(default_factory=dict)
+    saved: dict[str, Entry] = field(default_factory=dict)
     base: str | None = None
     base_quantization: dict = field(default_factory=dict)
 
@@ -118,7 +119,7 @@ def read_mlx_adapter(folder: Path, family: Family) -> Adapter:
         if disk is None:
             raise ConversionError(f"{name} of {folder} has no place in {family.name}'s table")
         if not low_rank:
-            saved[disk] = tensor
+            saved[disk] = Entry.of(tensor, disk)
         elif leaf == "lora_a":
             pair, m = tensors.get(f"{module}.lora_b"), tensors.get(f"{module}.m")
             if pair is None:
@@ -218,8 +219,8 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]], where: Path)
             raise ConversionError(
                 f"the adapter {where} fits {name} of shape {want}, the base has {tuple(shape)}"
             )
-    for name, tensor in adapter.saved.items():
-        if name in shapes and tuple(shapes[name]) != tensor.shape:
+    for name, entry in adapter.saved.items():
+        if name in shapes and tuple(shapes[name]) != tuple(entry.shape):
             raise ConversionError(
-                f"{where} saves {name} with shape {tensor.shape}, the base has {tuple(shapes[name])}"
+                f"{where} saves {name} with shape {entry.shape}, the base has {tuple(shapes[name])}"
             )

@@ -155,8 +155,7 @@ def _apply(layout: Layout, adapter: Adapter, folder: Path, dtype: str | None) ->
         notes.append(
             f"{quantized} tensors were rounded to the {spec['bits']} bits that the adapter was trained on"
         )
-    for name, tensor in adapter.saved.items():
-        entries[name] = Entry(name, tensor.dtype, tensor.shape, tensor.read, tensor)
+    entries.update(adapter.saved)
     for name, low in adapter.modules.items():
         entry = entries[name + ".weight"]
         # merged straight into the type asked for: one rounding, not two

@@ -47,6 +47,11 @@ class Entry:
             return recast(out, dtype, self.read)
         return out
 
+    @classmethod
+    def of(cls, tensor: Stored, name: str) -> Entry:
+        """A stored tensor, bits untouched, under a disk name."""
+        return cls(name, tensor.dtype, tensor.shape, tensor.read, tensor)
+
     def float32(self) -> np.ndarray:
         return to_float32(self.read(), self.dtype)
 
@@ -162,10 +167,11 @@ def lay_out(
             entry = _dequantized(stored, name, family, spec)
             entry.name = disk
         else:
-            entry = Entry(disk, tensor.dtype, tensor.shape, tensor.read, tensor)
+            entry = Entry.of(tensor, disk)
         entries[disk] = _as_disk(family, entry, sources) if tree else entry
     layout = Layout(family, copy.deepcopy(config), entries, bool(config["tie_word_embeddings"]))
-    _settle_head(layout)
+    stated = any("tie_word_embeddings" in c for c in (raw_config, raw_config.get("text_config") or {}))
+    _settle_head(layout, stated)
     return layout
 
 
@@ -188,14 +194,21 @@ def same_values(a: Entry, b: Entry) -> bool:
     return np.array_equal(a.float32(), b.float32())
 
 
-def _settle_head(layout: Layout) -> None:
-    """Tied with an equal head: drop the copy. Tied with another head: it has diverged, so untie the config."""
+def _settle_head(layout: Layout, stated: bool) -> None:
+    """Tied with an equal head: drop the copy. Tied with another head: it has diverged, so untie the config.
+
+    ``stated``: whether the folder's own config says tied or not; mlx and transformers differ in their defaults,
+    so a missing head speaks where the config does not.
+    """
     head, embedding = head_and_embedding(layout.family)
     if embedding not in layout.entries:
         raise ConversionError(f"the checkpoint has no {embedding}")
     if head not in layout.entries:
-        if not layout.tied:
+        if not layout.tied and stated:
             raise ConversionError(f"the config is untied, but the checkpoint has no {head}")
+        layout.tied = layout.config["tie_word_embeddings"] = True
+        if "text_config" in layout.config:
+            layout.config["text_config"]["tie_word_embeddings"] = True
         return
     if layout.tied:
         if same_values(layout.entries[head], layout.entries[embedding]):

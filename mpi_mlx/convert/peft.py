@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ from mpi_mlx.convert.families import Family
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Entry, Layout, head_and_embedding, same_values, untie
 from mpi_mlx.convert.report import ConversionReport
-from mpi_mlx.convert.shards import Output, Stored, copied, read_header, write_file
-from mpi_mlx.convert.weights import float32_bytes, read_layout, write_folder
+from mpi_mlx.convert.shards import Output, Stored, read_header, write_file
+from mpi_mlx.convert.weights import float32_bytes, is_quantized, read_layout, write_folder
 from mpi_mlx.errors import ConversionError
 
 _PREFIX = "base_model.model."
@@ -110,7 +111,7 @@ def read_peft_adapter(folder: Path, family: Family) -> Adapter:
         raise ConversionError(f"{folder} has no {PEFT_WEIGHTS}")
     tensors, _ = read_header(folder / PEFT_WEIGHTS)
     parts: dict[str, dict[str, Stored]] = {}
-    saved: dict[str, Stored] = {}
+    saved: dict[str, Entry] = {}
     memory_names: dict[str, str] = {}
     for name, tensor in tensors.items():
         # peft saves the base's own weight too where it adapts an output head
@@ -126,7 +127,7 @@ def read_peft_adapter(folder: Path, family: Family) -> Adapter:
             parts.setdefault(disk, {})[leaf] = tensor
             memory_names[disk] = module
         else:
-            saved[disk] = tensor
+            saved[disk] = Entry.of(tensor, disk)
     modules = {}
     for disk, found in parts.items():
         modules[disk] = _low_rank(config, memory_names[disk], found, folder)
@@ -148,7 +149,7 @@ def _low_rank(config: dict, module: str, found: dict[str, Stored], folder: Path)
     return LowRank(read_float32(a), read_float32(b), _scale(config, module, a.shape[0]), m)
 
 
-def _assemble(config: dict, modules: dict[str, LowRank], saved: dict[str, Stored]) -> Adapter:
+def _assemble(config: dict, modules: dict[str, LowRank], saved: dict[str, Entry]) -> Adapter:
     rank = max((m.a.shape[0] for m in modules.values()), default=int(config["r"]))
     scales = [m.scale for m in modules.values()]
     # the commonest scale stays as it is; others are folded into their B
@@ -218,16 +219,16 @@ def _apply_saved(layout: Layout, adapter: Adapter) -> bool:
     Returns whether the base has changed.
     """
     head, embedding = head_and_embedding(layout.family)
-    for name, tensor in list(adapter.saved.items()):
+    for name, entry in list(adapter.saved.items()):
         mine = layout.entries.get(embedding if name == head and layout.tied else name)
         if mine is None:
             raise ConversionError(f"the adapter saves {name}, which the base does not have")
-        if tuple(mine.shape) != tensor.shape:
+        if tuple(mine.shape) != tuple(entry.shape):
             raise ConversionError(
-                f"the adapter saves {name} with shape {tensor.shape}, the base has {tuple(mine.shape)}: resize the "
+                f"the adapter saves {name} with shape {entry.shape}, the base has {tuple(mine.shape)}: resize the "
                 "base as it was resized in training first"
             )
-        if same_values(mine, Entry(name, tensor.dtype, tensor.shape, tensor.read, tensor)):
+        if same_values(mine, entry):
             del adapter.saved[name]
     head_adapted = head.removesuffix(".weight") in adapter.modules
     if layout.tied and (head in adapter.saved or embedding in adapter.saved or head_adapted):
@@ -236,8 +237,7 @@ def _apply_saved(layout: Layout, adapter: Adapter) -> bool:
         untie(layout, "the adapter trains the head or the embedding by itself")
     elif not adapter.saved:
         return False
-    for name, tensor in adapter.saved.items():
-        layout.entries[name] = Entry(name, tensor.dtype, tensor.shape, tensor.read, tensor)
+    layout.entries.update(adapter.saved)
     return True
 
 
@@ -274,7 +274,8 @@ def to_peft(
         report = ConversionReport("to-peft", final, family.name, count)
         report.nbytes = (work / PEFT_WEIGHTS).stat().st_size
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
-        if adapter.base_quantization:
+        trained_on = base_of(folder, adapter)
+        if adapter.base_quantization or (trained_on and is_quantized(trained_on)):
             report.notes.append(
                 "the adapter was trained on a quantized base; on the float base it is off by that much"
             )
@@ -288,7 +289,7 @@ def to_peft(
 
 def _add_changed_modules(adapter: Adapter, layout: Layout, base_folder: Path, folder: Path) -> None:
     trained_on = base_of(folder, adapter)
-    if trained_on is None or trained_on.resolve() == base_folder.resolve():
+    if trained_on is None or trained_on.resolve() == base_folder.resolve() or is_quantized(trained_on):
         return
     _, other = read_layout(trained_on)
     head, embedding = head_and_embedding(layout.family)
@@ -297,12 +298,9 @@ def _add_changed_modules(adapter: Adapter, layout: Layout, base_folder: Path, fo
         mine = layout.entries.get(embedding if name == head and layout.tied else name)
         if mine is None or mine.shape != entry.shape:
             raise ConversionError(f"the adapter was trained on {trained_on}, whose {name} the base has not")
-        if entry.stored is None:
-            raise ConversionError(
-                f"the adapter was trained on the quantized {trained_on}: give that as --base"
-            )
-        if not np.array_equal(mine.float32(), entry.float32()):
-            changed[name] = entry.stored
+        # qwen3_5's norms lose bits in MLX's own form, trained or not
+        if not fam.is_shifted_norm(layout.family, name) and not same_values(mine, entry):
+            changed[name] = entry
     if len(changed) > len(other.entries) // 4:
         raise ConversionError(
             f"the adapter was trained on {trained_on}, and {len(changed)} of its {len(other.entries)} tensors differ "
@@ -343,9 +341,9 @@ def write_peft_adapter(
                     Output(f"{name}.{leaf}", "F32", flat.shape, lambda d=flat: [memoryview(d).cast("B")])
                 )
     saved_modules = set()
-    for disk, tensor in adapter.saved.items():
+    for disk, entry in adapter.saved.items():
         memory = fam.memory_name(family, disk)
-        outputs.append(copied(tensor, _PREFIX + memory))
+        outputs.append(replace(entry.output(), name=_PREFIX + memory))
         saved_modules.add(memory.rpartition(".")[0])
     rslora = adapter.kind == "rslora"
     alpha = adapter.scale * (math.sqrt(adapter.rank) if rslora else adapter.rank)
