@@ -1,0 +1,210 @@
+"""The ablation's grid: named variants of one recipe, and a study's cells (variant x document x setting)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from mpi_mlx.errors import RecipeError
+
+BASE = "base"
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class StageChange:
+    """A stage of the recipe, by kind, with other values for some of its fields."""
+
+    kind: str  # cpt, sft, rl
+    changes: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table. Its stages are a prefix of other variants' where training can be shared."""
+
+    name: str
+    title: str
+    stages: tuple[StageChange, ...] = ()
+
+
+CPT = StageChange("cpt")
+SFT = StageChange("sft")
+DIRECT = StageChange("sft", {"reasoning": False})
+
+# Every form of RL draws the same number of completions a prompt; see ``_rl_changes``.
+STARTS = (
+    ("direct_sft", "direct SFT", (DIRECT,)),
+    ("sft", "CoT-SFT", (SFT,)),
+    ("cpt_sft", "VM-CPT + CoT-SFT", (CPT, SFT)),
+)
+FORMS = (
+    ("grpo", "GRPO", {"algorithm": "grpo", "policy_aware": 0}),
+    ("policyrollout", "PolicyRollout", {"algorithm": "grpo"}),
+    ("dapo_policyrollout", "DAPO with PolicyRollout", {"algorithm": "dapo"}),
+)
+# Beyond the table: the policy-aware half drawn by the model with its adapters on and off, and SFT for as many
+# steps as CPT and SFT have together.
+MORE_FORMS = tuple(
+    (f"policyrollout_{who}", f"PolicyRollout ({who})", {"algorithm": "grpo", "policy_aware_sampler": who})
+    for who in ("model", "reference")
+)
+
+
+def _variants() -> dict[str, Variant]:
+    found = [Variant(BASE, "base")]
+    for start, start_title, stages in STARTS:
+        found.append(Variant(start, start_title, stages))
+        for form, form_title, changes in (*FORMS, *MORE_FORMS):
+            if start == "direct_sft":
+                changes = {**changes, "reasoning": False}
+            chain = (*stages, StageChange("rl", changes))
+            found.append(Variant(f"{start}+{form}", f"{start_title} + {form_title}", chain))
+    matched = (StageChange("sft", {"steps": "cpt+sft"}),)
+    found.append(Variant("sft_matched", "CoT-SFT, steps of both", matched))
+    return {v.name: v for v in found}
+
+
+VARIANTS = _variants()
+TABLE = (BASE, *(name for s, _, _ in STARTS for name in (s, *(f"{s}+{f}" for f, _, _ in FORMS))))
+CURVES = (BASE, "sft", "cpt_sft", "sft+grpo", "sft+policyrollout")
+
+
+def choose_variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Variants by name, in the given order. Raises RecipeError with a suggestion."""
+    unknown = [n for n in names if n not in VARIANTS]
+    if unknown:
+        near = get_close_matches(unknown[0], VARIANTS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(VARIANTS)}"
+        raise RecipeError(f"ablation: no variant {unknown[0]!r}; {hint}")
+    return tuple(VARIANTS[n] for n in names)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a variant on one document, in one setting (``{"data.depth": 3, "data.train": 8}``)."""
+
+    variant: Variant
+    document: int
+    setting: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """``depth=3,train=8/document-101/sft+grpo``."""
+        setting = ",".join(f"{k.rpartition('.')[2]}={v}" for k, v in self.setting) or "recipe"
+        return f"{setting}/document-{self.document}/{self.variant.name}"
+
+
+def plan(
+    base,
+    variants: Sequence[Variant],
+    documents: Sequence[int],
+    sweeps: Mapping[str, Sequence[Any]] = _NONE,
+    sweep_variants: Sequence[Variant] = (),
+) -> list[Cell]:
+    """All cells: the table's, then each sweep's (``{"data.depth": [2, 3, 4]}``) with ``sweep_variants``.
+
+    A sweep's value that the recipe ``base`` already has is the table's own setting and runs once. Shorter
+    chains come before those that continue them, so that these can fork; each document's cells stand together,
+    so that a study cut short has whole documents.
+    """
+    cells: list[Cell] = []
+    settings: list[tuple[tuple, Sequence[Variant]]] = [((), variants)]
+    for key, values in sweeps.items():
+        settings += [(sweep_setting(base, key, value), sweep_variants) for value in values]
+    for setting, chosen in settings:
+        for document in documents:
+            cells += sorted((Cell(v, document, setting) for v in chosen), key=lambda c: len(c.variant.stages))
+    return list({cell.folder: cell for cell in cells}.values())
+
+
+def sweep_setting(base, key: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """The setting of a sweep's point: empty where the recipe has that value itself."""
+    return () if recipe_value(base, key) == value else ((key, value),)
+
+
+def recipe_value(base, key: str) -> Any:
+    """``data.depth`` of a recipe; None where there is no such field."""
+    for part in key.split("."):
+        base = getattr(base, part, None)
+    return base
+
+
+def cell_recipe(base, cell: Cell, output: str):
+    """The recipe of a cell: ``base`` (a Recipe) with the variant's stages, the cell's document and setting.
+
+    The document and its scenes come from the cell's number (``data.seed``), and so does the run's ``seed``.
+
+    Raises:
+        RecipeError: ``base`` lacks a stage that the variant needs, or a setting does not exist.
+    """
+    raw = base.model_dump(mode="json", exclude_unset=True)
+    known = {s["stage"]: s for s in reversed(raw["stages"])}
+    raw["stages"] = [_stage(change, known) for change in cell.variant.stages]
+    raw["seed"] = cell.document
+    if "benchmark" in raw["data"]:
+        raw["data"]["seed"] = cell.document
+        raw["data"].pop("document_seed", None)
+    for key, value in cell.setting:
+        _put(raw, key, value)
+    last = [raw["stages"][-1]["stage"]] if raw["stages"] else [BASE]
+    raw["evaluation"] = {**raw.get("evaluation", {}), "after": last}
+    raw["output"] = output
+    return type(base).model_validate(raw)
+
+
+def _stage(change: StageChange, known: Mapping[str, dict]) -> dict:
+    if change.kind not in known:
+        known_kinds = ", ".join(known) or "none"
+        raise RecipeError(f"ablation: a variant needs stage {change.kind}; the recipe has {known_kinds}")
+    stage, changes = dict(known[change.kind]), dict(change.changes)
+    if changes.get("steps") == "cpt+sft":
+        if "cpt" not in known or "steps" not in stage or "steps" not in known["cpt"]:
+            raise RecipeError("ablation: sft_matched needs stages cpt and sft with steps instead of epochs")
+        changes["steps"] = stage["steps"] + known["cpt"]["steps"]
+    if change.kind == "rl":
+        changes = _rl_changes(stage, changes)
+    return {**stage, **changes}
+
+
+def _rl_changes(stage: dict, changes: dict) -> dict:
+    """Without policy-aware completions the group is as large as the union would be.
+
+    What an algorithm sets by default (clipping, aggregation) is left to its default when it is changed.
+    """
+    both = stage.get("group_size", 8) + stage.get("policy_aware", 0)
+    if changes.get("policy_aware") == 0:
+        changes["group_size"] = both
+    elif not stage.get("policy_aware"):
+        changes |= {"group_size": both - both // 2, "policy_aware": both // 2}
+    if changes.get("algorithm", "grpo") != stage.get("algorithm", "grpo"):
+        for name in ("clip_low", "clip_high", "aggregation", "kl_coef"):
+            stage.pop(name, None)
+    return changes
+
+
+def _put(raw: dict, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        raw = raw.setdefault(part, {})
+    raw[last] = value
+
+
+def fork_parent(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
+    """The cell with the longest chain of stages that this one continues, on the same document and setting."""
+    def continues(other: Cell) -> bool:
+        mine, its = cell.variant.stages, other.variant.stages
+        same_place = (other.document, other.setting) == (cell.document, cell.setting)
+        return same_place and 0 < len(its) < len(mine) and mine[: len(its)] == its
+
+    return max((c for c in cells if continues(c)), key=lambda c: len(c.variant.stages), default=None)
+
+
+def part_of(cells: Sequence[Cell], part: int, parts: int) -> Iterator[Cell]:
+    """The cells of every ``parts``-th document, so that processes can share a study without waiting."""
+    documents = list(dict.fromkeys(c.document for c in cells))
+    mine = set(documents[part - 1 :: parts])
+    return (c for c in cells if c.document in mine)

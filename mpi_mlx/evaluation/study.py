@@ -1,0 +1,175 @@
+"""What an ablation's cells say together: means over documents, differences in pairs, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpi_mlx.evaluation.grid import BASE, FORMS, MORE_FORMS, STARTS, VARIANTS
+from mpi_mlx.evaluation.metrics import Mean, mean_over_seeds, paired_difference
+
+Setting = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell measured. Shares in 0..1; ``seconds`` of training, shared stages included."""
+
+    variant: str
+    document: int
+    setting: Setting
+    accuracy: float
+    accuracy_with_document: float | None
+    trace_match: float | None
+    trace_consistent: float | None
+    majority: float
+    n: int
+    seconds: float
+
+    @classmethod
+    def from_run(
+        cls, variant: str, document: int, setting: Setting, rows: Sequence[dict], seconds: float
+    ) -> CellResult:
+        """From the rows of a cell's results.json: those of its last model."""
+        last = rows[-1]["model"]
+        of_last = {r["document_in_context"]: r for r in rows if r["model"] == last}
+        bare, carried = of_last[False], of_last.get(True)
+        return cls(
+            variant=variant,
+            document=document,
+            setting=setting,
+            accuracy=bare["accuracy"],
+            accuracy_with_document=carried["accuracy"] if carried else None,
+            trace_match=bare["trace_match"],
+            trace_consistent=bare.get("trace_consistent"),
+            majority=bare.get("majority") or 0.0,
+            n=bare["n"],
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A variant in one setting, over documents."""
+
+    variant: str
+    setting: Setting
+    accuracy: Mean
+    accuracy_with_document: Mean | None
+    trace_match: Mean | None
+    trace_consistent: Mean | None
+    majority: float
+    examples: int
+    documents: tuple[int, ...]
+    seconds: float
+
+    @property
+    def title(self) -> str:
+        return VARIANTS[self.variant].title
+
+
+def summarise(results: Sequence[CellResult]) -> list[Summary]:
+    """One summary for each (setting, variant), in the order in which they first appear."""
+    groups: dict[tuple[Setting, str], list[CellResult]] = {}
+    for result in results:
+        groups.setdefault((result.setting, result.variant), []).append(result)
+    return [_summary(found) for found in groups.values()]
+
+
+def _summary(found: Sequence[CellResult]) -> Summary:
+    def mean(name: str) -> Mean | None:
+        values = [getattr(r, name) for r in found if getattr(r, name) is not None]
+        return mean_over_seeds(values) if values else None
+
+    return Summary(
+        variant=found[0].variant,
+        setting=found[0].setting,
+        accuracy=mean("accuracy"),
+        accuracy_with_document=mean("accuracy_with_document"),
+        trace_match=mean("trace_match"),
+        trace_consistent=mean("trace_consistent"),
+        majority=sum(r.majority for r in found) / len(found),
+        examples=sum(r.n for r in found),
+        documents=tuple(r.document for r in found),
+        seconds=sum(r.seconds for r in found) / len(found),
+    )
+
+
+def comparisons() -> list[tuple[str, str]]:
+    """(variant, what it is compared with): each addition against what it is added to."""
+    pairs = [("cpt_sft", "sft"), ("cpt_sft", "sft_matched"), ("sft", "direct_sft")]
+    for start, _, _ in STARTS:
+        pairs += [(f"{start}+{form}", start) for form, _, _ in FORMS]
+        aware = [form for form, _, _ in (*FORMS, *MORE_FORMS) if form != "grpo"]
+        pairs += [(f"{start}+{form}", f"{start}+grpo") for form in aware]
+    pairs += [(f"cpt_sft+{form}", f"sft+{form}") for form, _, _ in FORMS]
+    return pairs
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of variant - other, in accuracy without the document, over the documents that both have."""
+
+    variant: str
+    other: str
+    setting: Setting
+    mean: Mean
+
+    @property
+    def certain(self) -> bool:
+        """The 95% interval does not hold zero."""
+        return self.mean.interval is not None and (self.mean.interval[0] > 0 or self.mean.interval[1] < 0)
+
+
+def differences(results: Sequence[CellResult]) -> list[Difference]:
+    """All comparisons that the results allow, paired by document."""
+    table: dict[tuple[Setting, str], dict[int, float]] = {}
+    for r in results:
+        table.setdefault((r.setting, r.variant), {})[r.document] = r.accuracy
+    out = []
+    for setting in dict.fromkeys(r.setting for r in results):
+        for variant, other in comparisons():
+            a, b = table.get((setting, variant), {}), table.get((setting, other), {})
+            if a.keys() & b.keys():
+                out.append(Difference(variant, other, setting, paired_difference(a, b)))
+    return out
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure: accuracy against ``x``; ``title`` names it."""
+
+    title: str
+    x: tuple[float, ...]
+    means: tuple[Mean, ...]
+
+
+def curves(
+    summaries: Sequence[Summary], settings: Mapping[Any, Setting], variants: Sequence[str]
+) -> tuple[list[Curve], Curve | None]:
+    """The variants' accuracies without the document over a sweep, and the base's with it.
+
+    ``settings``: the sweep's values with the settings that stand for them.
+    """
+    known = {(s.setting, s.variant): s for s in summaries}
+    lines, ceiling = [], None
+    for name in variants:
+        found = [(x, known[setting, name]) for x, setting in settings.items() if (setting, name) in known]
+        if not found:
+            continue
+        if name == BASE:
+            carried = [(x, s.accuracy_with_document) for x, s in found if s.accuracy_with_document]
+            if carried:
+                ceiling = Curve("base, document in context", *zip(*carried, strict=True))
+            continue
+        x, means = tuple(x for x, _ in found), tuple(s.accuracy for _, s in found)
+        lines.append(Curve(VARIANTS[name].title, x, means))
+    return lines, ceiling
+
+
+def majority_curve(summaries: Sequence[Summary], settings: Mapping[Any, Setting]) -> Curve:
+    """What the most frequent answer earns over a sweep."""
+    known = {s.setting: s.majority for s in summaries}
+    found = [(x, Mean(known[s], None, 1)) for x, s in settings.items() if s in known]
+    return Curve("most frequent answer", *(tuple(v) for v in zip(*found, strict=True)))

@@ -1,0 +1,157 @@
+"""``ablation.md``, ``ablation.json`` and their figures, from whatever cells are done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpi_mlx.atomic import atomic_write, write_json_atomic
+from mpi_mlx.evaluation.grid import CURVES, VARIANTS, sweep_setting
+from mpi_mlx.evaluation.metrics import Mean
+from mpi_mlx.evaluation.report import duration
+from mpi_mlx.evaluation.study import (
+    CellResult,
+    Difference,
+    Setting,
+    Summary,
+    curves,
+    differences,
+    majority_curve,
+    summarise,
+)
+from mpi_mlx.evaluation.study_figures import draw_curves, draw_variants
+
+SWEEP_TITLES = {
+    "data.depth": ("Accuracy against the depth of the document", "depth of the decision tree"),
+    "data.train": ("Accuracy against labelled examples", "labelled examples"),
+}
+
+
+def write_study(
+    output: str | Path,
+    results: Sequence[CellResult],
+    *,
+    base,
+    sweeps: Mapping[str, Sequence[Any]],
+    missing: int = 0,
+) -> Path:
+    """Writes the report of the cells in ``results`` into ``output``; returns the path of ablation.md.
+
+    ``base``: the recipe that was varied; ``sweeps``: its swept fields and their values; ``missing``: cells
+    that are still to be run.
+    """
+    output = Path(output)
+    summaries = summarise(results)
+    found = differences(results)
+    figures = _figures(output / "figures", results, summaries, base, sweeps)
+    blocks = ["# Ablation", _facts(results, missing)]
+    for setting in dict.fromkeys(s.setting for s in summaries):
+        here = [s for s in summaries if s.setting == setting]
+        blocks.append(f"## {setting_title(setting)}")
+        blocks.append(study_table(here))
+        blocks.append(difference_table([d for d in found if d.setting == setting]))
+        if setting == () and "variants" in figures:
+            blocks.append(f"![Accuracy of the variants](figures/{figures['variants'].name})")
+    drawn = [f"![{_sweep_titles(k)[0]}](figures/{figures[k].name})" for k in sweeps if k in figures]
+    if drawn:
+        blocks += ["## Curves", *drawn]
+    with atomic_write(output / "ablation.md") as temporary:
+        Path(temporary).write_text("\n\n".join(b for b in blocks if b) + "\n", encoding="utf-8")
+    write_json_atomic(
+        output / "ablation.json",
+        {
+            "cells": [asdict(r) for r in results],
+            "summaries": [asdict(s) for s in summaries],
+            "differences": [asdict(d) for d in found],
+            "missing": missing,
+        },
+    )
+    return output / "ablation.md"
+
+
+def setting_title(setting: Setting) -> str:
+    """``depth 4``; the recipe's own setting by name."""
+    if not setting:
+        return "The recipe's own setting"
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting)
+
+
+def _facts(results: Sequence[CellResult], missing: int) -> str:
+    documents = sorted({r.document for r in results})
+    text = f"{len(results)} runs over {len(documents)} documents (seeds {', '.join(map(str, documents))})"
+    text += f"; {missing} are still to be run." if missing else "."
+    text += (
+        " Accuracies are exact match of greedy answers on held-out examples. Means over documents with 95% "
+        "intervals (Student's t); differences are paired by document. Training time counts every stage of "
+        "the chain, also those shared with other variants."
+    )
+    return text
+
+
+def study_table(summaries: Sequence[Summary]) -> str:
+    """A row a variant, as Markdown."""
+    lines = [
+        "| variant | without the document | with it | trace match | trace true | n | documents | training |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for s in summaries:
+        cells = (
+            s.title, mean_text(s.accuracy), mean_text(s.accuracy_with_document), mean_text(s.trace_match),
+            mean_text(s.trace_consistent), str(s.examples), str(len(s.documents)),
+            duration(s.seconds) if s.seconds else "-",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    majority = sum(s.majority for s in summaries) / len(summaries)
+    return "\n".join(lines) + f"\n\nThe most frequent answer earns {majority:.1%}."
+
+
+def difference_table(found: Sequence[Difference]) -> str:
+    """Paired differences in points, as Markdown; empty without pairs."""
+    if not found:
+        return ""
+    lines = ["| difference | points (95%) | documents | |", "|---|---|---|---|"]
+    for d in found:
+        low, high = (f"{100 * v:+.1f}" for v in d.mean.interval) if d.mean.interval else ("-", "-")
+        verdict = ("better" if d.mean.value > 0 else "worse") if d.certain else "not told apart"
+        name = f"{VARIANTS[d.variant].title} - {VARIANTS[d.other].title}"
+        lines.append(f"| {name} | {100 * d.mean.value:+.1f} ({low} to {high}) | {d.mean.n} | {verdict} |")
+    return "\n".join(lines)
+
+
+def mean_text(mean: Mean | None) -> str:
+    """``94.0% (84.1-100.0)``, the interval kept within 0..100; ``-`` for none."""
+    if mean is None:
+        return "-"
+    if mean.interval is None:
+        return f"{mean.value:.1%}"
+    low, high = max(0.0, mean.interval[0]), min(1.0, mean.interval[1])
+    return f"{mean.value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _sweep_titles(key: str) -> tuple[str, str]:
+    """Title and x label of a sweep's figure."""
+    return SWEEP_TITLES.get(key, (f"Accuracy against {key}", key))
+
+
+def _figures(
+    folder: Path,
+    results: Sequence[CellResult],
+    summaries: Sequence[Summary],
+    base,
+    sweeps: Mapping[str, Sequence[Any]],
+) -> dict[str, Path]:
+    drawn = {}
+    own = [s for s in summaries if s.setting == ()]
+    if any(s.variant != "base" for s in own):
+        drawn["variants"] = draw_variants(own, results, folder / "variants.png")
+    for key, values in sweeps.items():
+        settings = {value: sweep_setting(base, key, value) for value in values}
+        lines, ceiling = curves(summaries, settings, CURVES)
+        if any(len(line.x) > 1 for line in lines):
+            title, xlabel = _sweep_titles(key)
+            path = folder / f"{key.rpartition('.')[2]}.png"
+            floor = majority_curve(summaries, settings)
+            drawn[key] = draw_curves(lines, ceiling, floor, path, title=title, xlabel=xlabel)
+    return drawn
