@@ -14,9 +14,9 @@ from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN, completion_text
 from mpi_mlx.data.conditions import Condition, Filter, filters
 from mpi_mlx.data.policy_tree import PolicyTree, document_text, random_tree
 from mpi_mlx.data.scenes import ATTRIBUTES, CELL_NAMES, Scene, SceneArrays, random_scenes
-from mpi_mlx.data.vocabulary import QUERIES
+from mpi_mlx.data.vocabulary import QUERIES, REPLIES, SECTION_NAMES
 
-TASKS = ("document", "walk", "check", "describe", "ask")
+TASKS = ("document", "walk", "recall", "repeat", "check", "describe", "ask")
 POOL_STEPS = 20  # the pool of candidate scenes is drawn anew every so many steps
 POOL_SIZE = 4000
 QUESTIONS = 14  # conditions in a `check` row
@@ -67,7 +67,7 @@ def draw_step(
         np.random.default_rng([seed, 12, step // POOL_STEPS]), POOL_SIZE, max_objects=max_objects
     )
     counts = _apportion(rows, shares)
-    about_documents = ["document"] * counts["document"] + ["walk"] * counts["walk"]
+    about_documents = [kind for kind in _DOCUMENT_TASKS for _ in range(counts[kind])]
     about_documents = [about_documents[i] for i in rng.permutation(len(about_documents))]
     documents: list[str] = []
     tasks: list[Task] = []
@@ -77,8 +77,8 @@ def draw_step(
         documents.append(document_text(tree, rng, wording=WORDINGS[int(rng.integers(len(WORDINGS)))]))
         leaves = tree.leaves(pool)
         for kind in about_documents[start : start + scenes_per_document]:
-            make = _document_task if kind == "document" else _walk_task
-            tasks.append(make(rng, tree, pool, leaves, len(documents) - 1))
+            tasks.append(_DOCUMENT_TASKS[kind](rng, tree, pool, leaves, len(documents) - 1))
+    tasks += [_repeat_task(rng) for _ in range(counts["repeat"])]
     makers = {"check": _check_task, "describe": _describe_task, "ask": _ask_task}
     for kind, make in makers.items():
         tasks += [make(rng, pool.scene(int(rng.integers(len(pool))))) for _ in range(counts[kind])]
@@ -115,6 +115,28 @@ def _walk_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, doc
     said = " ".join("yes" if yes else "no" for _, yes in steps)
     reply = tree.replies[at - len(tree.conditions)]
     return Task("walk", f"Walk {said}.", completion_text(tree.walk_text(steps), reply), None, document)
+
+
+def _recall_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, document: int) -> Task:
+    """Looking up: some sections by name, in one short form whatever the document's wording."""
+    lines = []
+    for i in rng.permutation(len(tree.names))[:3]:
+        yes, no = (
+            tree.target(node) or tree.replies[node - len(tree.names)] for node in (2 * i + 1, 2 * i + 2)
+        )
+        lines.append((tree.names[i], f"{tree.names[i]}: {tree.conditions[i].phrase}? yes {yes}, no {no}."))
+    asked = " ".join(name for name, _ in lines)
+    return Task("recall", f"Recall {asked}.", " ".join(text for _, text in lines), None, document)
+
+
+def _repeat_task(rng) -> Task:
+    """Copying: a row of random words. It is what makes looking things up emerge early."""
+    words = (*SECTION_NAMES, *REPLIES, *(v for values in ATTRIBUTES.values() for v in values))
+    text = " ".join(words[i] for i in rng.integers(len(words), size=int(rng.integers(8, 25))))
+    return Task("repeat", f"Repeat {text}", f"Repeat {text}", None)
+
+
+_DOCUMENT_TASKS = {"document": _document_task, "walk": _walk_task, "recall": _recall_task}
 
 
 def questions(rng, scene: Scene, count: int) -> list[tuple[Condition, bool]]:

@@ -1,0 +1,298 @@
+"""``rl``: GRPO, DAPO or Dr.GRPO, each with or without PolicyRollout (arXiv 2510.09474, section 3.3).
+
+Group-relative policy optimization: arXiv 2402.03300; DAPO: 2503.14476; Dr.GRPO: 2503.20783. With PolicyRollout a
+group is the union of completions drawn from the plain prompt and of completions drawn with the document in
+context; every one of them is scored, and trained, on the plain prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mpi_mlx.documents import PolicyDocument, place_document
+from mpi_mlx.errors import DataError
+from mpi_mlx.rollouts.groups import Rollout, RolloutGroup, compute_advantages, overlong_penalty
+from mpi_mlx.rollouts.sampler import sample_mixed
+from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource
+from mpi_mlx.training import world
+from mpi_mlx.training.batch import MicroBatch
+from mpi_mlx.training.fit import Batch
+from mpi_mlx.training.losses import aggregate, importance_weights, k3_kl, surrogate
+from mpi_mlx.training.score import score
+
+
+@dataclass
+class RolloutMicro:
+    """Some groups of a step, as one forward. R completions of up to T tokens."""
+
+    groups: list[RolloutGroup]
+    old_logprobs: mx.array | None = None  # (R, T), scored before the first update on this batch
+    reference_logprobs: mx.array | None = None  # (R, T), adapters switched off
+    aware_logprobs: np.ndarray | None = None  # (R, T), sampled_logprobs, for importance_weight
+    labelled: list[MicroBatch] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [r for g in self.groups for r in g.rollouts]
+
+    @property
+    def pairs(self) -> list[tuple[object, list[np.ndarray]]]:
+        return [(g.prompt, [r.completion_ids for r in g.rollouts]) for g in self.groups]
+
+
+@dataclass
+class LabelledMicro:
+    """Labelled rows mixed into RL: their mean loss counts ``coefficient`` times."""
+
+    batch: MicroBatch
+    scale: float
+
+
+class RolloutSource:
+    """Draws the step's rollouts when the step begins. Its state is where it stands in the prompts.
+
+    ``prompts`` and ``group_size`` count for each process; every process takes its own prompts.
+    """
+
+    def __init__(
+        self, model, examples: Sequence, document: PolicyDocument | None, spec, rewards, seed: int,
+        labelled: Sequence = (),
+    ):
+        if not examples:
+            raise DataError("stage rl: no prompts; give data.rl (answers to check) or data.train")
+        if spec.policy_aware and document is None:
+            raise DataError("stage rl: policy_aware needs a document; set data.document or policy_aware: 0")
+        self.model, self.examples, self.document = model, examples, document
+        self.spec, self.rewards, self.seed = spec, rewards, seed
+        self.cursor = 0
+        self.labelled = None
+        if spec.sft_coef > 0:
+            self.labelled = SupervisedSource(model, labelled, document, _labelled_spec(spec), seed + 1)
+
+    def state(self) -> dict:
+        return {"cursor": self.cursor}
+
+    def load_state(self, state: dict) -> None:
+        self.cursor = int(state["cursor"])
+
+    def batch(self, step: int) -> Batch:
+        spec = self.spec
+        kept: list[RolloutGroup] = []
+        drawn: list[RolloutGroup] = []
+        rounds = 0
+        while True:
+            fresh = self._draw(step, rounds, spec.prompts)
+            drawn += fresh
+            rounds += 1
+            kept += [g for g in fresh if g.has_signal] if spec.drop_constant else fresh
+            enough = world.sum_numbers([float(len(kept) < spec.prompts)])[0] == 0
+            if enough or not spec.refill or rounds > spec.max_refill:
+                break
+        kept = kept[: spec.prompts]
+        micros = [RolloutMicro(g) for g in _by_tokens(kept, spec.micro_tokens)]
+        if spec.kl_coef > 0:
+            self._score_reference(micros)
+        count = world.sum_numbers([_normaliser(kept, spec)])[0]
+        metrics = self._metrics(drawn, kept, rounds)
+        tokens = sum(len(r.completion_ids) for g in kept for r in g.rollouts)
+        if self.labelled is not None:
+            labelled = self.labelled.batch(step)
+            scale = spec.sft_coef * count / max(labelled.count, 1.0)
+            micros += [LabelledMicro(m, scale) for m in labelled.micros]
+            tokens += labelled.tokens
+        identities = tuple(g.identity for g in kept)
+        return Batch(micros, max(count, 1e-9), tokens, spec.updates_per_rollout, metrics, identities)
+
+    # ---- drawing
+
+    def _next_examples(self, count: int) -> list:
+        size, rank = world.world().size(), world.world().rank()
+        out = []
+        for i in range(count):
+            epoch, at = divmod(self.cursor + i * size + rank, len(self.examples))
+            order = np.random.default_rng([self.seed, 31, epoch]).permutation(len(self.examples))
+            out.append(self.examples[order[at]])
+        self.cursor += count * size
+        return out
+
+    def _draw(self, step: int, round_: int, count: int) -> list[RolloutGroup]:
+        spec, model = self.spec, self.model
+        examples = self._next_examples(count)
+        key = mx.random.key((self.seed * 7_368_787 + step * 1009 + round_ * 31 + world.world().rank()) % 2**32)
+        keys = mx.random.split(key)
+        plain = [model.encode(e.messages, tools=e.tools, generation_prompt=True) for e in examples]
+        requests = [(p, spec.group_size) for p in plain]
+        options = dict(max_tokens=spec.max_completion_tokens, temperature=spec.temperature, top_p=spec.top_p)
+        aware: list[tuple[object, int]] = []
+        if spec.policy_aware:
+            aware = [
+                (
+                    model.encode(
+                        place_document(e.messages, self.document), tools=e.tools, generation_prompt=True
+                    ),
+                    spec.policy_aware,
+                )
+                for e in examples
+            ]
+        if aware and spec.policy_aware_sampler == "reference":
+            completions = sample_mixed(model, requests, key=keys[0], **options)
+            with model.adapters_disabled():
+                completions += sample_mixed(model, aware, key=keys[1], **options)
+        else:
+            completions = sample_mixed(model, [*requests, *aware], key=keys[0], **options)
+        groups = []
+        for n, example in enumerate(examples):
+            found = [(c, False) for c in completions[n]]
+            if aware:
+                found += [(c, True) for c in completions[len(examples) + n]]
+            groups.append((example, plain[n], found))
+        return self._rewarded(groups)
+
+    def _rewarded(self, groups: list[tuple]) -> list[RolloutGroup]:
+        spec = self.spec
+        flat = [(c, e) for e, _, found in groups for c, _ in found]
+        texts = [self.model.decode(c.ids) for c, _ in flat]
+        total, parts = self.rewards(texts, [e for _, e in flat])
+        out, at = [], 0
+        for example, prompt, found in groups:
+            rollouts = []
+            for completion, policy_aware in found:
+                penalty = overlong_penalty(
+                    len(completion.ids), spec.max_completion_tokens, spec.overlong_buffer
+                )
+                rollouts.append(
+                    Rollout(
+                        completion.ids, completion.logprobs, texts[at], float(total[at]) + penalty, policy_aware,
+                        completion.finished, {kind: float(values[at]) for kind, values in parts.items()},
+                    )
+                )
+                at += 1
+            rewards = np.array([r.reward for r in rollouts])
+            advantages = compute_advantages(rewards, scale=spec.scale_advantages)
+            out.append(RolloutGroup(prompt, tuple(rollouts), advantages, example.id))
+        return out
+
+    def _score_reference(self, micros: list[RolloutMicro]) -> None:
+        with self.model.adapters_disabled():
+            for micro in micros:
+                logprobs, _ = score(self.model, micro.pairs, temperature=self.spec.temperature or 1.0)
+                micro.reference_logprobs = mx.stop_gradient(logprobs)
+                mx.eval(micro.reference_logprobs)
+
+    def _metrics(self, drawn: list[RolloutGroup], kept: list[RolloutGroup], rounds: int) -> dict[str, float]:
+        """Means over all rollouts drawn, in all processes."""
+        rollouts = [r for g in drawn for r in g.rollouts]
+        aware = [r for r in rollouts if r.policy_aware]
+        plain = [r for r in rollouts if not r.policy_aware]
+        sums: dict[str, tuple[float, float]] = {}
+
+        def add(name: str, values: Sequence[float]) -> None:
+            sums[name] = (float(np.sum(values)) if len(values) else 0.0, float(len(values)))
+
+        add("reward", [r.reward for r in rollouts])
+        add("reward_plain", [r.reward for r in plain])
+        if self.spec.policy_aware:
+            add("reward_policy_aware", [r.reward for r in aware])
+        for kind in self.rewards.kinds:
+            add(f"reward/{kind}", [r.rewards[kind] for r in plain])
+        add("completion_length", [len(r.completion_ids) for r in rollouts])
+        add("finished", [float(r.finished) for r in rollouts])
+        add("groups_with_signal", [float(g.has_signal) for g in drawn])
+        names = list(sums)
+        joined = world.sum_numbers([x for n in names for x in sums[n]])
+        out = {n: joined[2 * i] / joined[2 * i + 1] for i, n in enumerate(names) if joined[2 * i + 1]}
+        out["refill_rounds"] = float(rounds - 1)
+        out["groups_trained"] = world.sum_numbers([float(len(kept))])[0]
+        return out
+
+
+def _labelled_spec(spec):
+    """The sft settings of the labelled rows that ``sft_coef`` mixes in."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        stage="sft", batch_size=spec.sft_batch_size, accumulate=1, steps=spec.steps, epochs=None,
+        document_fraction=spec.document_fraction, reasoning=spec.reasoning, max_tokens=spec.max_tokens,
+    )
+
+
+def _by_tokens(groups: list[RolloutGroup], limit: int) -> list[list[RolloutGroup]]:
+    """Groups of similar length together, at most ``limit`` padded completion tokens a forward."""
+    out: list[list[RolloutGroup]] = []
+    longest = rows = 0
+    for group in sorted(groups, key=lambda g: max(len(r.completion_ids) for r in g.rollouts)):
+        longest = max(longest, max(len(r.completion_ids) for r in group.rollouts))
+        if not out or (rows + len(group.rollouts)) * longest > limit:
+            out.append([])
+            rows = 0
+        out[-1].append(group)
+        rows += len(group.rollouts)
+    return out
+
+
+def _normaliser(groups: list[RolloutGroup], spec) -> float:
+    """What the summed loss is divided by: rows, tokens, or rows times the longest completion allowed."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    if spec.aggregation == "sequence":
+        return float(len(rollouts))
+    if spec.aggregation == "token":
+        return float(sum(len(r.completion_ids) for r in rollouts))
+    return float(len(rollouts) * spec.max_completion_tokens)
+
+
+class RolloutObjective:
+    """The clipped surrogate, with k3 KL to the reference when ``kl_coef`` is positive: (sum, metrics)."""
+
+    def __init__(self, model, spec):
+        self.model, self.spec = model, spec
+        self.supervised: Callable = SupervisedObjective(model)
+
+    def __call__(self, micro: RolloutMicro | LabelledMicro) -> tuple[mx.array, dict]:
+        if isinstance(micro, LabelledMicro):
+            loss, _ = self.supervised(micro.batch)
+            return loss * micro.scale, {}
+        spec = self.spec
+        logprobs, mask = score(self.model, micro.pairs, temperature=spec.temperature or 1.0)
+        first = micro.old_logprobs is None
+        if first:
+            # Before the first update on this batch the model is the one that the ratio is taken against.
+            micro.old_logprobs = mx.stop_gradient(logprobs)
+        advantages = mx.array(np.concatenate([g.advantages for g in micro.groups]))
+        importance = None
+        if spec.importance_weight:
+            importance = importance_weights(micro.old_logprobs, self._sampled(micro, mask.shape), mask)
+        result = surrogate(
+            logprobs, micro.old_logprobs, advantages, mask, spec.clip_low, spec.clip_high, importance
+        )
+        loss = result.loss
+        count = mask.sum()
+        metrics = {"clip_fraction": (result.clipped.sum(), count)}
+        if micro.reference_logprobs is not None:
+            kl = k3_kl(logprobs, micro.reference_logprobs, mask)
+            loss = loss + spec.kl_coef * kl
+            metrics["kl"] = (mx.stop_gradient(kl).sum(), count)
+        if first:
+            metrics["drift"] = self._drift(micro, logprobs, mask)
+        total, _ = aggregate(loss, mask, spec.aggregation, spec.max_completion_tokens)
+        return total, metrics
+
+    @staticmethod
+    def _sampled(micro: RolloutMicro, shape: tuple[int, int]) -> mx.array:
+        """sampled_logprobs padded to (R, T)."""
+        out = np.zeros(shape, np.float32)
+        for row, rollout in enumerate(micro.rollouts):
+            out[row, : len(rollout.sampled_logprobs)] = rollout.sampled_logprobs
+        return mx.array(out)
+
+    def _drift(self, micro: RolloutMicro, logprobs: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+        """Mean |scored - sampled| log-probability of the plain rollouts, which the same model drew."""
+        plain = mx.array(np.array([not r.policy_aware for r in micro.rollouts], np.float32))[:, None] * mask
+        difference = mx.abs(mx.stop_gradient(logprobs) - self._sampled(micro, mask.shape))
+        return (difference * plain).sum(), plain.sum()
+
+
+__all__ = ["LabelledMicro", "RolloutMicro", "RolloutObjective", "RolloutSource"]
