@@ -53,6 +53,12 @@ def _log_likelihood(model, ids: np.ndarray) -> float:
     return token_logprobs(model.head if head is None else head, hidden, mx.array(ids[1:])).sum().item()
 
 
-def forgetting(before: float, after: float) -> dict[str, float]:
-    """Perplexities on general text of the base and of the trained model, and the rise (0.1: 10% higher)."""
+def forgetting(before: float, after: float, vocabulary: int) -> dict[str, float] | None:
+    """Perplexities on general text of the base and of the trained model, and the rise (0.1: 10% higher).
+
+    None when the base itself does worse than guessing among its ``vocabulary``: a model that was never
+    taught such text (the embedded one) has nothing of it to forget.
+    """
+    if before >= vocabulary:
+        return None
     return {"perplexity_before": before, "perplexity_after": after, "rise": after / before - 1.0}

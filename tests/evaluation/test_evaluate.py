@@ -136,4 +136,5 @@ def test_perplexity_counts_each_window_without_its_first_token(model):
 
 
 def test_forgetting_is_a_share():
-    assert forgetting(20.0, 22.0)["rise"] == pytest.approx(0.1)
+    assert forgetting(20.0, 22.0, 1000)["rise"] == pytest.approx(0.1)
+    assert forgetting(2000.0, 2200.0, 1000) is None

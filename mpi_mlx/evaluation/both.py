@@ -1,0 +1,96 @@
+"""A model in both modes, without the document and with it in context, recorded in a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mpi_mlx.data.dataset import Dataset
+from mpi_mlx.data.examples import Example
+from mpi_mlx.errors import CheckpointError, DataError
+from mpi_mlx.evaluation.evaluate import evaluate
+from mpi_mlx.evaluation.report import write_report
+from mpi_mlx.evaluation.results import record
+
+Progress = Callable[[str, bool, int, int], None]  # (model, document in context, answered, of how many)
+
+
+def evaluate_both(
+    run: str | Path,
+    model,
+    dataset: Dataset,
+    *,
+    label: str,
+    spec,
+    reasoning: bool = True,
+    progress: Progress | None = None,
+) -> list[dict]:
+    """The rows of ``model`` on the test split, recorded in ``run``: without the document, then with it.
+
+    The second is left out when the dataset has no document or ``spec.with_document`` is off. See
+    :func:`evaluate` for the arguments and what is raised.
+    """
+    modes = [None]
+    if dataset.document is not None and getattr(spec, "with_document", True):
+        modes.append(dataset.document)
+    rows = []
+    for document in modes:
+        told = None
+        if progress is not None:
+            def told(done, total, in_context=document is not None):
+                progress(label, in_context, done, total)
+
+        row, predictions = evaluate(
+            model, dataset.test, document, label=label, spec=spec, reasoning=reasoning, progress=told
+        )
+        record(run, row, predictions)
+        rows.append(row)
+    return rows
+
+
+def repeat_evaluation(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[dict], Path]:
+    """Evaluates a finished run's base and final model again; returns the rows and the report's path.
+
+    ``overrides``: changes to its recipe, such as ``data.seed=9`` (other scenes) or ``evaluation.samples=50``.
+    Results, predictions and report go to ``output`` (default ``RUN/repeat``); the run's own stay.
+
+    Raises:
+        CheckpointError: the folder is not a finished run.
+        DataError: the recipe has no test examples.
+    """
+    from mpi_mlx.data.dataset import load_dataset
+    from mpi_mlx.models import load_model
+    from mpi_mlx.recipe import load_recipe
+
+    run = Path(run)
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run}: not a run (no recipe.yaml); give the output folder of mpi-mlx train")
+    recipe = load_recipe(str(run / "recipe.yaml"), overrides)
+    if not (run / "adapter").is_dir():
+        raise CheckpointError(f"{run}: no adapter yet; finish it with mpi-mlx train --resume")
+    dataset = load_dataset(recipe.data, run)
+    if not dataset.test:
+        raise DataError(f"{run}: the recipe has no test examples; set data.test")
+    spec = recipe.model
+    model = load_model(
+        spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, adapter=run / "adapter"
+    )
+    output = run / "repeat" if output is None else Path(output)
+    options = {"spec": recipe.evaluation, "progress": progress}
+    with model.adapters_disabled():
+        rows = evaluate_both(output, model, dataset, label="base", **options)
+    last = recipe.stages[-1]
+    reasoning = getattr(last, "reasoning", True)
+    rows += evaluate_both(output, model, dataset, label=last.stage, reasoning=reasoning, **options)
+    return rows, write_report(output, evaluated(dataset, recipe.evaluation))
+
+
+def evaluated(dataset: Dataset, spec) -> tuple[Example, ...]:
+    """The test examples that an evaluation asks."""
+    return dataset.test[: spec.samples]
