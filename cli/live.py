@@ -1,0 +1,212 @@
+"""The live view of a run in a terminal: stages, curves, speed, evaluation, results as they come."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mpi_mlx.training import reports as r
+from mpi_mlx_cli.plain import mode, step_line
+from mpi_mlx_cli.results import result_table, show_end, show_interrupted
+from mpi_mlx_cli.state import RunState, Stage, clock, many, size
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ABOUT = {
+    "cpt": "read the document", "sft": "answer without it", "rl": "practise, with rewards",
+    "pretrain": "learn to see and to read",
+}
+# metric, its label, style; a line with a curve each, where the stage has it
+CURVES = (
+    ("loss", "loss", "yellow"),
+    ("reward_plain", "reward, plain", "green"),
+    ("reward_policy_aware", "reward, policy-aware", "cyan"),
+    ("groups_with_signal", "groups with signal", "magenta"),
+)
+NUMBERS = (("kl", "kl"), ("clip_fraction", "clipped"), ("completion_length", "length"), ("drift", "drift"))
+CURVE_WIDTH = 44
+
+
+def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
+    """The values as blocks, averaged into at most ``width`` of them; the range is the values' own.
+
+    >>> sparkline([0.0, 1.0, 2.0, 3.0])
+    '▁▃▆█'
+    """
+    values = [v for v in values if v == v and abs(v) != float("inf")]
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [len(values) * i // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    span = high - low
+    if span <= 1e-12 * max(abs(low), abs(high), 1e-30):
+        return BLOCKS[3] * count
+    return "".join(BLOCKS[min(7, int((m - low) / span * 8))] for m in means)
+
+
+class LiveView:
+    """Shows a :class:`RunState` in place; a context manager."""
+
+    def __init__(self, console: Console, state: RunState | None = None):
+        self.console = console
+        self.state = state or RunState()
+        self.live = Live(
+            console=console, get_renderable=self.render, refresh_per_second=2, vertical_overflow="crop"
+        )
+
+    def __enter__(self) -> LiveView:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.live.__exit__(*problem)
+        if self.state.finished is not None:
+            show_end(self.console, self.state.finished)
+        elif self.state.interrupted is not None:
+            show_interrupted(self.console, self.state.interrupted)
+
+    def stopping(self) -> None:
+        self.state.stopping = True
+
+    def show(self, report: object) -> None:
+        self.state.add(report)
+        if isinstance(report, r.Message):
+            self.console.print(report.text, markup=False, soft_wrap=True)
+
+    def render(self) -> RenderableType:
+        return render(self.state)
+
+
+def render(state: RunState) -> RenderableType:
+    """The whole view for a state."""
+    if state.started is None:
+        return Text("loading the model and the data ...", "dim")
+    parts: list[RenderableType] = [_facts(state), "", _stages(state)]
+    ended = state.finished is not None or state.interrupted is not None
+    if not ended:
+        if state.current is not None and state.current.last is not None and not state.current.done:
+            parts += ["", _curves(state.current), "", _numbers(state.current)]
+        if state.evaluating is not None:
+            parts += ["", _evaluating(state.evaluating)]
+        if state.rows:
+            parts += ["", result_table(state.rows)]
+    if state.stopping and not ended:
+        parts += ["", Text("stopping after this step; press Ctrl-C again to quit at once", "bold yellow")]
+    return Panel(
+        Group(*parts),
+        title=Text.assemble(("mpi-mlx ", "bold"), (state.started.recipe_name, "bold cyan")),
+        title_align="left",
+        subtitle=Text(state.started.output, "dim"),
+        subtitle_align="right",
+        border_style="bright_black",
+        box=box.ROUNDED,
+        padding=(0, 2),
+        width=None,
+    )
+
+
+def _facts(state: RunState) -> RenderableType:
+    started = state.started
+    share = started.parameters_trainable / max(started.parameters_total, 1)
+    grid = Table.grid(expand=True)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_row(
+        Text(
+            f"{started.device} · {many(started.parameters_total)} parameters, "
+            f"{many(started.parameters_trainable)} trained ({share:.1%})",
+            "dim",
+        ),
+        Text(clock(state.finished.seconds if state.finished else state.elapsed), "dim"),
+    )
+    return grid
+
+
+def _stages(state: RunState) -> RenderableType:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    for justify in ("left", "left", "right"):
+        grid.add_column(justify=justify, no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True, min_width=10)
+    for stage in state.stages:
+        active = stage is state.current and not stage.done
+        mark = ("✓", "green") if stage.done else ("●", "bold cyan") if active else ("○", "bright_black")
+        style = "" if stage.done else "bold" if active else "bright_black"
+        time = clock(stage.seconds) if stage.done else ""
+        if active and stage.left is not None:
+            time = f"{clock(stage.left)} left"
+        grid.add_row(
+            Text.assemble(mark, " ", (stage.name, style)),
+            Text(ABOUT.get(stage.name, ""), "dim" if active or stage.done else "bright_black"),
+            Text(f"{stage.step}/{stage.total}", style),
+            ProgressBar(
+                total=max(stage.total, 1), completed=stage.total if stage.done else stage.step,
+                complete_style="cyan", finished_style="green", style="bright_black",
+            ),
+            Text(time, "dim" if stage.done else ""),
+        )
+    return grid
+
+
+def _curves(stage: Stage) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, min_width=20)
+    grid.add_column(justify="right", no_wrap=True, min_width=7)
+    grid.add_column(no_wrap=True)
+    names = list(CURVES)
+    if "reward_plain" not in stage.history and "reward" in stage.history:
+        names[1] = ("reward", "reward", "green")
+    for name, label, style in names:
+        values = list(stage.history.get(name, ()))
+        if values:
+            grid.add_row(Text(label, "dim"), Text(_number(values[-1]), f"bold {style}"),
+                         Text(sparkline(values), style))
+    for name, values in list(stage.history.items()):
+        if name.startswith("reward/"):
+            grid.add_row(Text("  " + name[7:].replace("_", " "), "dim"), _number(values[-1]),
+                         Text(sparkline(list(values)), "bright_black"))
+    if stage.validation:
+        losses = [loss for _, loss in stage.validation]
+        grid.add_row(Text("validation loss", "dim"), _number(losses[-1]), Text(sparkline(losses), "blue"))
+    return grid
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.3f}"
+
+
+def _numbers(stage: Stage) -> RenderableType:
+    last = stage.last
+    said = [
+        ("learning rate", f"{last.learning_rate:.1e}"), ("gradient", f"{last.grad_norm:.2f}"),
+        ("tokens/s", f"{last.tokens_per_second:,.0f}"), ("s/step", f"{last.seconds:.1f}"),
+        ("memory", size(last.memory_bytes)),
+    ]
+    said += [(label, f"{last.metrics[name]:.3g}") for name, label in NUMBERS if name in last.metrics]
+    line = Text()
+    for index, (label, value) in enumerate(said):
+        line.append(("" if index == 0 else "   ") + label + " ", "dim").append(value)
+    return line
+
+
+def _evaluating(report: r.EvaluationProgress) -> RenderableType:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_row(
+        Text.assemble(("evaluating ", "dim"), (mode(report), "bold")),
+        ProgressBar(total=max(report.total, 1), completed=report.done, complete_style="magenta",
+                    finished_style="magenta", style="bright_black"),
+        f"{report.done}/{report.total}",
+    )
+    return grid
+
+
+__all__ = ["LiveView", "render", "sparkline", "step_line"]

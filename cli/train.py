@@ -1,0 +1,99 @@
+"""`mpi-mlx train`: a recipe's stages, shown while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+
+def train_command(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name (mpi-mlx recipes).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: stages.1.steps=50. Repeatable."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="DIR", help="Folder of the run; default: the recipe's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show recipe, parameters, steps and memory; train nothing.")
+    ] = False,
+) -> None:
+    """Internalize a document: run a recipe's stages, evaluate, and write the report."""
+    from mpi_mlx.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), output=output)
+    if dry_run:
+        from mpi_mlx_cli.dry_run import show_plan
+
+        show_plan(loaded)
+        return
+    rank = os.environ.get("MLX_RANK")
+    if getattr(loaded, "processes", 1) > 1 and rank is None:
+        from mpi_mlx.training.launch import launch
+        from mpi_mlx_cli.main import ERROR_FILE, show_error
+
+        command = [sys.executable, "-m", "mpi_mlx_cli.main", *sys.argv[1:]]
+        ended = launch(command, loaded.processes, error_variable=ERROR_FILE)
+        if ended.error:
+            show_error(ended.error)
+        raise typer.Exit(ended.code)
+    if rank is not None:
+        from mpi_mlx.training.launch import end_with_launcher
+
+        end_with_launcher()
+    raise typer.Exit(follow(loaded, resume=resume, silent=rank not in (None, "0")))
+
+
+def follow(recipe, *, resume: bool, silent: bool = False) -> int:
+    """Trains and shows it; the exit code."""
+    from mpi_mlx.training.run import train
+
+    with view_for(silent) as view, stop_on_interrupt(view):
+        for report in train(recipe, resume=resume):
+            view.show(report)
+    return 130 if view.state.interrupted is not None else 0
+
+
+def view_for(silent: bool = False):
+    """The live view in a terminal that can show it, plain lines elsewhere."""
+    from rich.console import Console
+
+    from mpi_mlx_cli.plain import PlainView
+
+    if silent:
+        return PlainView(Console(file=open(os.devnull, "w", encoding="utf-8")))
+    console = Console(highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf"):
+        from mpi_mlx_cli.live import LiveView
+
+        return LiveView(console)
+    return PlainView(console)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(view) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) lets the trainer finish its step, the second quits, the third kills."""
+    from mpi_mlx.training.run import request_stop
+
+    def ask(*_) -> None:
+        signal.signal(signal.SIGINT, quit_now)
+        request_stop()
+        view.stopping()
+
+    def quit_now(*_) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
