@@ -179,6 +179,13 @@ class PretrainObjective:
         return total, right.sum()
 
 
+def zero_residual_outputs(net: nn.Module) -> None:
+    """Starts every layer as the identity: token embeddings are not drowned, and copying emerges earlier."""
+    for layer in net.language_model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight = mx.zeros_like(linear.weight)
+
+
 def pretrain_stage(model, spec, seed: int) -> tuple[nn.Module, PretrainSource, PretrainObjective]:
     """Module to train, source and objective of the stage."""
     model.net.unfreeze()

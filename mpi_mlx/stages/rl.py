@@ -80,6 +80,12 @@ class RolloutSource:
         self.cursor = int(state["cursor"])
 
     def batch(self, step: int) -> Batch:
+        self.model.net.eval()  # no dropout while sampling
+        batch = self._batch(step)
+        self.model.net.train()
+        return batch
+
+    def _batch(self, step: int) -> Batch:
         spec = self.spec
         kept: list[RolloutGroup] = []
         drawn: list[RolloutGroup] = []

@@ -59,12 +59,6 @@ class SupervisedSource:
     def load_state(self, state: dict) -> None:
         pass
 
-    def total_steps(self) -> int:
-        """``steps``, or as many as ``epochs`` take (the last batch may reach into the next epoch)."""
-        if self.spec.steps is not None:
-            return self.spec.steps
-        return -(-int(self.spec.epochs * len(self.examples)) // self.per_step)
-
     def batch(self, step: int) -> Batch:
         picked = [self._pick(step * self.per_step + i) for i in range(self.per_step)]
         mine = picked[world.world().rank() :: world.world().size()]
@@ -121,10 +115,12 @@ def validation_loss(model, examples: Sequence, document: PolicyDocument | None, 
         for e in examples
     ]
     rows.sort(key=len)
+    model.net.eval()
     total, count = 0.0, 0.0
     for start in range(0, len(rows), spec.batch_size):
         micro = micro_batch(rows[start : start + spec.batch_size], model.pad_id)
         logprobs, weights = micro_logprobs(model, micro)
         loss, number = sft_loss(logprobs, weights)
         total, count = total + loss.item(), count + number.item()
+    model.net.train()
     return total / max(count, 1.0)

@@ -44,9 +44,10 @@ class _Rank:
 def launch(command: Sequence[str], processes: int, *, error_variable: str = "MPI_MLX_ERROR_FILE") -> Ended:
     """Runs ``command`` as ``processes`` ranks and waits for all of them.
 
-    Rank 0 keeps this process' terminal, the others are silent. When a rank fails the others are ended. A rank
-    writes the one line that it would show as an error to the file named by ``error_variable``; without one,
-    the end of its stderr is taken. Ctrl-C goes to rank 0 alone, which agrees with the others on where to stop.
+    Rank 0 keeps this process' terminal, the others are silent. When a rank fails the others are ended. A
+    rank writes the one line that it would show as an error to the file named by ``error_variable``; without
+    one, the end of its stderr is taken. Ctrl-C goes to rank 0 alone, which has to agree with the others on
+    where to stop.
 
     Source: the environment that ``mlx.launch --backend ring`` makes.
     """
@@ -112,7 +113,8 @@ def _start(command, number: int, environment, folder: Path, reading: int, error_
     }
     silent = {}
     if number > 0:
-        silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": open(stderr_file, "wb")}
+        nothing = subprocess.DEVNULL
+        silent = {"stdin": nothing, "stdout": nothing, "stderr": open(stderr_file, "wb")}
     try:
         process = subprocess.Popen(
             command, env=environment, pass_fds=(reading,), start_new_session=number > 0, **silent
@@ -170,8 +172,8 @@ def _wait(ranks: list[_Rank]) -> Ended:
 def _failure(first: _Rank, ranks: list[_Rank]) -> Ended:
     """What went wrong: the error of the rank that failed first, or of one that could still say something."""
     code = first.process.returncode
-    if ranks[0].process.returncode == 130:  # interrupted, and rank 0 has said so
-        return Ended(130)
+    if ranks[0].process.returncode == 130:  # interrupted
+        return Ended(130, _said(ranks[0]))
     said = [_said(rank) for rank in (first, *ranks)]
     if code < 0 and said[0] is None:
         return Ended(1, f"process {first.number} of {len(ranks)} was ended by {_signal_name(-code)}"

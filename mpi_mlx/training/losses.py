@@ -45,7 +45,7 @@ def token_logprobs(
     width = _vocabulary(head, hidden)
     if chunk is None:
         small = mx.default_device().type == mx.DeviceType.cpu
-        chunk = max(128, (_CHUNK_BYTES_CPU if small else _CHUNK_BYTES) // (4 * width))
+        chunk = max(32, (_CHUNK_BYTES_CPU if small else _CHUNK_BYTES) // (4 * width))
     if callable(head):
         weights, project = [], lambda h: head(h)
     elif isinstance(head, tuple):

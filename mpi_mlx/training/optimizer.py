@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-ADAM_SHARE = 0.05  # AdamW's rate beside Muon's: Muon steps have unit spectral norm, Adam's unit element size
+ADAM_SHARE = 0.15  # AdamW's rate beside Muon's: Muon steps have unit spectral norm, Adam's unit element size
 
 
 def learning_rate_at(step: int, total: int, spec) -> float:

@@ -1,0 +1,62 @@
+"""A stage of a recipe as what ``fit`` takes: the module to train, the source of batches, the objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.nn as nn
+
+from mpi_mlx.data.dataset import Dataset
+from mpi_mlx.evaluation.evaluate import evaluate
+from mpi_mlx.rollouts.rewards import build_rewards
+from mpi_mlx.stages.pretrain import pretrain_stage
+from mpi_mlx.stages.rl import RolloutObjective, RolloutSource
+from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, validation_loss
+from mpi_mlx.training import world
+
+VALIDATION_ANSWERS = 64  # rl: examples answered for one validation
+
+
+def stage_seed(recipe, index: int) -> int:
+    """The seed of stage ``index``; stages of one recipe draw apart."""
+    return recipe.seed * 100 + index
+
+
+def build_stage(model, spec, dataset: Dataset | None, seed: int, folder: Path) -> tuple[nn.Module, object, object]:
+    """(module, source, objective). Nothing has been computed yet, but every setting has been checked.
+
+    Raises:
+        DataError, RecipeError: the data or the settings do not serve this stage.
+    """
+    if spec.stage == "pretrain":
+        return pretrain_stage(model, spec, seed)
+    if spec.stage == "rl":
+        rewards = build_rewards(spec.rewards, folder, reasoning=spec.reasoning)
+        source = RolloutSource(
+            model, dataset.rl or dataset.train, dataset.document, spec, rewards, seed, dataset.train
+        )
+        return model.net, source, RolloutObjective(model, spec)
+    source = SupervisedSource(model, dataset.train, dataset.document, spec, seed)
+    return model.net, source, SupervisedObjective(model)
+
+
+def stage_steps(spec, dataset: Dataset | None) -> int:
+    """Steps of a stage: as given, or what ``epochs`` take (the last batch may reach into the next epoch)."""
+    if spec.steps is not None:
+        return spec.steps
+    per_step = spec.batch_size * spec.accumulate * world.world().size()
+    return max(1, -(-int(spec.epochs * len(dataset.train)) // per_step))
+
+
+def validation(model, spec, dataset: Dataset | None) -> float | None:
+    """What early stopping watches, lower is better: the loss, in ``rl`` the share of wrong answers."""
+    if dataset is None or not dataset.validation:
+        return None
+    if spec.stage != "rl":
+        return validation_loss(model, dataset.validation, dataset.document, spec)
+
+    class Settings:
+        batch_size, max_completion_tokens, samples = 64, spec.max_completion_tokens, VALIDATION_ANSWERS
+
+    row, _ = evaluate(model, dataset.validation, None, label="validation", spec=Settings, reasoning=spec.reasoning)
+    return 1.0 - row["accuracy"]

@@ -1,0 +1,308 @@
+"""A recipe from beginning to end: stages, checkpoints, evaluations, report. The library's ``train``."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mpi_mlx import runtime
+from mpi_mlx.atomic import replace_dir, temporary_dir
+from mpi_mlx.data.dataset import Dataset, load_dataset
+from mpi_mlx.errors import RecipeError
+from mpi_mlx.evaluation.evaluate import evaluate
+from mpi_mlx.evaluation.forgetting import forgetting, perplexity
+from mpi_mlx.evaluation.report import write_report
+from mpi_mlx.evaluation.results import load_results, record, record_facts, results_path
+from mpi_mlx.models import load_model
+from mpi_mlx.models.adapters import load_adapter, save_adapter
+from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
+from mpi_mlx.models.lora import attach_lora
+from mpi_mlx.models.memory import count_parameters
+from mpi_mlx.stages.build import build_stage, stage_seed, stage_steps, validation
+from mpi_mlx.stages.pretrain import zero_residual_outputs
+from mpi_mlx.training import checkpoint as ckpt
+from mpi_mlx.training import world
+from mpi_mlx.training.fit import fit
+from mpi_mlx.training.folder import RunFolder
+from mpi_mlx.training.optimizer import Optimizer
+from mpi_mlx.training.recorders import recorders
+from mpi_mlx.training.reports import (
+    EvaluationProgress,
+    EvaluationRow,
+    Interrupted,
+    Message,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    StageStarted,
+    ValidationReport,
+)
+
+_stop = threading.Event()
+
+
+def request_stop() -> None:
+    """Asks the run in this process to finish its step, write a checkpoint and end."""
+    _stop.set()
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt():
+    """The first Ctrl-C asks for a stop; the second one is Python's own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number, frame):
+        request_stop()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(recipe, *, resume: bool = False) -> Iterator[object]:
+    """Runs ``recipe`` and yields the reports of :mod:`mpi_mlx.training.reports`.
+
+    ``resume`` goes on from the newest checkpoint of ``recipe.output``; the numbers are those of a run that
+    was never stopped. Without it the output folder must be new.
+
+    Raises:
+        MPIError: a bad recipe, dataset, model or folder; before anything is trained where that can be.
+    """
+    _stop.clear()
+    with _stop_on_interrupt(), runtime.keep_awake():
+        yield from _Run(recipe, resume).go()
+
+
+class _Run:
+    def __init__(self, recipe, resume: bool):
+        self.recipe, self.resume = recipe, resume
+        self.began, self.seconds_before = time.perf_counter(), 0.0
+        runtime.configure()
+        self.dataset: Dataset | None = None
+        if recipe.data is not None:
+            self.dataset = load_dataset(recipe.data, recipe.folder)
+        spec = recipe.model
+        self.model = load_model(
+            spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, dtype=spec.dtype, init=spec.init,
+            seed=recipe.seed,
+        )
+        self.pretraining = any(s.stage == "pretrain" for s in recipe.stages)
+        if self.pretraining and spec.init == "random":
+            zero_residual_outputs(self.model.net)
+        if not self.pretraining:
+            if recipe.lora is None:
+                raise RecipeError("lora: null is for pretrain stages only; give lora a rank")
+            attach_lora(self.model, recipe.lora, mx.random.key(recipe.seed))
+        self._check_stages()
+        # The folder comes last: nothing is written for a recipe that cannot run.
+        self.folder = RunFolder(Path(recipe.output), recipe, resume=resume, writes=world.is_main())
+        self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
+        self.recorders = recorders(recipe, self.folder.path) if world.is_main() else []
+
+    def _check_stages(self) -> None:
+        for index, spec in enumerate(self.recipe.stages):
+            if spec.stage != "pretrain" and self.dataset is None:
+                raise RecipeError(f"stages.{index}: stage {spec.stage} needs a data block")
+            build_stage(self.model, spec, self.dataset, stage_seed(self.recipe, index), self.recipe.folder)
+
+    # ---- the whole
+
+    def go(self) -> Iterator[object]:
+        recipe = self.recipe
+        total, trainable = count_parameters(self.model)
+        stages = tuple(
+            (i, s.stage, stage_steps(s, self.dataset)) for i, s in enumerate(recipe.stages)
+        )
+        yield RunStarted(recipe.name, recipe.output, total, trainable, stages, runtime.device_summary())
+        yield from self._evaluate("base")
+        for index, spec in enumerate(recipe.stages):
+            if self.folder.stage_done(index):
+                self._restore(index)
+                continue
+            yield from self._stage(index, spec, stages[index][2])
+            if _stop.is_set():
+                yield Interrupted(recipe.output, f"mpi-mlx train {recipe.source} --resume --output {recipe.output}")
+                return
+            yield from self._evaluate(self._label(index))
+        yield from self._finish()
+
+    def _label(self, index: int) -> str:
+        """The stage's name, numbered when a stage occurs more than once."""
+        names = [s.stage for s in self.recipe.stages]
+        name = names[index]
+        return name if names.count(name) == 1 else f"{name}{names[: index + 1].count(name)}"
+
+    def _finish(self) -> Iterator[object]:
+        rows, report = (), None
+        if world.is_main():
+            if self.pretraining:
+                self._save_model(self.folder.path / "model")
+            else:
+                save_adapter(self.model, self.folder.path / "adapter")
+            if results_path(self.folder.path).is_file():
+                rows = tuple(load_results(self.folder.path)["rows"])
+                record_facts(self.folder.path, seconds=round(self._elapsed(), 1))
+                report = str(write_report(self.folder.path, self.dataset.test if self.dataset else ()))
+            self.folder.mark(finished=True)
+        world.barrier()
+        for recorder in self.recorders:
+            recorder.close()
+        yield RunFinished(self.recipe.output, self._elapsed(), rows, report)
+
+    def _elapsed(self) -> float:
+        """Seconds of this process, and of the ones it continues."""
+        return time.perf_counter() - self.began + self.seconds_before
+
+    # ---- one stage
+
+    def _stage(self, index: int, spec, total: int) -> Iterator[object]:
+        recipe, folder = self.recipe, self.folder
+        seed = stage_seed(recipe, index)
+        enable_gradient_checkpointing(self.model, spec.gradient_checkpointing)
+        self.model.net.train()
+        module, source, objective = build_stage(self.model, spec, self.dataset, seed, recipe.folder)
+        optimizer = Optimizer(spec.optimizer, weight_decay=spec.weight_decay)
+        optimizer.init(module.trainable_parameters())
+        root = folder.stage(index, spec.stage) / "checkpoints"
+        start, best, seconds = 0, None, 0.0
+        found = ckpt.checkpoints(root)
+        if found:
+            state = ckpt.load_checkpoint(found[-1][1], module, optimizer)
+            source.load_state(state["source"])
+            start, best, seconds = state["step"], state.get("best"), state.get("seconds", 0.0)
+        folder.truncate_metrics(index, start)
+        yield StageStarted(index, spec.stage, total, start)
+        began = time.perf_counter()
+
+        def save(step: int) -> None:
+            state = {
+                "step": step, "source": source.state(), "best": best,
+                "seconds": seconds + time.perf_counter() - began,
+            }
+            if world.is_main():
+                ckpt.save_checkpoint(ckpt.checkpoint_folder(root, step), module, optimizer, state)
+                ckpt.prune(root, best["step"] if best else None)
+                folder.mark(seconds_before=self._elapsed())
+            world.barrier()
+
+        for report in fit(
+            module, source, objective, spec, total=total, seed=seed, optimizer=optimizer, start=start
+        ):
+            folder.append_metrics({"stage_index": index, **asdict(report)})
+            for recorder in self.recorders:
+                recorder.step(index, report)
+            yield report
+            step, stop = report.step, self._stop_everywhere()
+            if spec.validate_every and (step % spec.validate_every == 0 or step == total):
+                loss = validation(self.model, spec, self.dataset)
+                if loss is not None:
+                    yield ValidationReport(spec.stage, step, loss)
+                    if best is None or loss < best["loss"]:
+                        best = {"step": step, "loss": loss}
+                        save(step)
+                    elif spec.patience and (step - best["step"]) // spec.validate_every >= spec.patience:
+                        yield Message(f"{spec.stage}: no better since step {best['step']}; stopping early")
+                        stop = "early"
+            if stop == "early":
+                break
+            if (step % spec.save_every == 0 and step < total) or stop:
+                save(step)
+            if stop:
+                return
+        if best is not None and best["step"] != report.step:
+            ckpt.load_parameters(ckpt.checkpoint_folder(root, best["step"]), module)
+        yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began)
+
+    def _stop_everywhere(self) -> bool:
+        """Whether any process was asked to stop; the processes must stop at the same step."""
+        return world.sum_numbers([float(_stop.is_set())])[0] > 0
+
+    def _close_stage(self, index: int, spec, module, root: Path, seconds: float) -> Iterator[object]:
+        if world.is_main():
+            if self.pretraining:
+                self._save_model(self.folder.stage(index, spec.stage) / "model")
+            else:
+                save_adapter(self.model, self.folder.stage(index, spec.stage) / "adapter")
+            self.folder.mark_stage(index, stage=spec.stage, done=True, seconds=round(seconds, 3))
+            shutil.rmtree(root, ignore_errors=True)
+        world.barrier()
+        yield StageFinished(index, spec.stage, seconds)
+
+    def _restore(self, index: int) -> None:
+        """Puts the weights at the end of a finished stage back, if no later one is finished."""
+        if self.folder.stage_done(index + 1):
+            return
+        folder = self.folder.stage(index, self.recipe.stages[index].stage)
+        if self.pretraining:
+            self.model.net.load_weights(str(folder / "model" / "model.safetensors"))
+        else:
+            load_adapter(self.model, folder / "adapter")
+
+    def _save_model(self, target: Path) -> None:
+        """The whole model as a folder: the base's files, and its weights."""
+        with temporary_dir(target) as temporary:
+            for path in self.model.path.iterdir():
+                if path.is_file() and path.suffix != ".safetensors":
+                    shutil.copy(path, temporary / path.name)
+            weights = dict(tree_flatten(self.model.net.parameters()))
+            mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "mlx"})
+            replace_dir(temporary, target)
+
+    # ---- evaluation
+
+    def _evaluate(self, label: str) -> Iterator[object]:
+        """Both modes of one model; skipped when the recipe does not ask for it or a resumed run has it."""
+        spec = self.recipe.evaluation
+        if label not in spec.after or self.dataset is None or not self.dataset.test:
+            return
+        self.model.net.eval()
+        documents = [None]
+        if spec.with_document and self.dataset.document is not None:
+            documents.append(self.dataset.document)
+        for document in documents:
+            if [label, document is not None] not in self.folder.progress["evaluated"]:
+                yield from self._evaluate_mode(label, document)
+        if spec.forgetting and world.is_main():
+            self._measure_forgetting(label)
+        world.barrier()
+
+    def _evaluate_mode(self, label: str, document) -> Iterator[object]:
+        """Rank 0 answers, in slices so that progress shows; the others wait."""
+        if world.is_main():
+            reasoning = next((s.reasoning for s in self.recipe.stages if s.stage == "sft"), True)
+            count = len(list(self.dataset.test)[: self.recipe.evaluation.samples])
+            yield EvaluationProgress(label, document is not None, 0, count)
+            row, predictions = evaluate(
+                self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation,
+                reasoning=reasoning,
+            )
+            record(self.folder.path, row, predictions)
+            self.folder.progress["evaluated"].append([label, document is not None])
+            self.folder.mark()
+            yield EvaluationProgress(label, document is not None, row["n"], row["n"])
+            yield EvaluationRow(row)
+        world.barrier()
+
+    def _measure_forgetting(self, label: str) -> None:
+        """Perplexity on unrelated text, beside the base's."""
+        facts = load_results(self.folder.path)
+        known = facts.get("perplexity", {})
+        if label in known:
+            return
+        known = {**known, label: perplexity(self.model)}
+        record_facts(self.folder.path, perplexity=known, forgetting=forgetting(known))
