@@ -1,0 +1,171 @@
+"""One line for each thing wrong with a recipe: where, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from mpi_mlx.recipe_fields import Spec
+from mpi_mlx.recipe_schema import BenchmarkData, EvaluationSpec, LoggingSpec, LoraSpec, ModelSpec, OwnData, Recipe
+from mpi_mlx.recipe_schema import data_kind as _data_kind
+from mpi_mlx.recipe_stages import (
+    CptStage,
+    ExactMatchReward,
+    FormatReward,
+    FunctionReward,
+    JsonReward,
+    PretrainStage,
+    RegexReward,
+    RlStage,
+    SftStage,
+    ToolCallReward,
+    TraceReward,
+)
+from mpi_mlx.recipe_yaml import Document, Path
+
+STAGES = {"cpt": CptStage, "sft": SftStage, "rl": RlStage, "pretrain": PretrainStage}
+REWARDS = {
+    "exact_match": ExactMatchReward, "format": FormatReward, "regex": RegexReward, "tool_call": ToolCallReward,
+    "json": JsonReward, "trace": TraceReward, "function": FunctionReward,
+}
+_PARTS = {"model": ModelSpec, "lora": LoraSpec, "evaluation": EvaluationSpec, "logging": LoggingSpec}
+_ELSEWHERE = {
+    ("rl", "epochs"): "rl counts steps; set steps",
+    ("rl", "batch_size"): "rl has prompts x (group_size + policy_aware) completions a step; set those",
+    ("rl", "accumulate"): "set micro_tokens, the tokens of one forward",
+    ("pretrain", "epochs"): "its rows are drawn without end; set steps",
+    ("pretrain", "accumulate"): "set rows_per_micro and documents_per_micro",
+}
+_ALLOWED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a mapping (key: value)",
+    "model_attributes_type": "a mapping (key: value)",
+    "string_too_short": "some text",
+    "too_short": "a list or mapping that is not empty",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+}
+
+
+def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
+    """``errors`` of pydantic (and the document's own), one line each, in the order of the file."""
+    found: list[tuple[Path, str]] = []
+    for error in errors:
+        path = _path(error["loc"])
+        if error["type"] == "contradiction":
+            for dotted, said in error["ctx"]["problems"]:
+                inner = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+                found.append(((*path, *inner), said))
+        else:
+            found.append(_said(error, path, document.raw))
+    guessed = {said.rpartition("did you mean ")[2].strip('"?') + str(path[:-1]) for path, said in found}
+    kept = [(p, s) for p, s in found if not (s.startswith("missing") and str(p[-1]) + str(p[:-1]) in guessed)]
+    lines = [f"{document.place(path)}: {'.'.join(map(str, path)) or 'recipe'}: {said}" for path, said in kept]
+    return sorted({*document.errors, *lines}, key=_by_line)
+
+
+def _by_line(line: str) -> tuple:
+    parts = line.split(":", 2)
+    return (0, int(parts[1]), line) if len(parts) > 2 and parts[1].isdigit() else (1, 0, line)
+
+
+def _path(loc: Sequence[str | int]) -> Path:
+    """Pydantic's location without the names of union members and marks of dictionary keys."""
+    path: list[str | int] = []
+    for i, part in enumerate(loc):
+        before = tuple(loc[:i])
+        union = before == ("data",) or (len(before) >= 2 and before[-2] in ("stages", "rewards") and _index(before[-1]))
+        if not union and part != "[key]":
+            path.append(part)
+    return tuple(path)
+
+
+def _index(part: str | int) -> bool:
+    return isinstance(part, int)
+
+
+def _said(error: dict, path: Path, raw: Any) -> tuple[Path, str]:
+    kind, context = error["type"], error.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return path, _unknown(path, raw)
+    if kind == "missing":
+        field = fields_of(path[:-1], raw).get(path[-1])
+        return path, "missing" + (f"; {field.description}" if field else "")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        path = (*path, context["discriminator"].strip("'"))
+        allowed = list(STAGES if path[0] == "stages" and len(path) == 3 else REWARDS)
+        found = error["input"].get(path[-1]) if isinstance(error["input"], dict) else error["input"]
+        if kind == "union_tag_not_found":
+            return path, f"missing; allowed: {', '.join(allowed)}"
+        return path, f"found {_shown(found)}, allowed: {', '.join(allowed)}{_guess(found, allowed)}"
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        guess = _guess(error["input"], allowed.split(", "))
+        return path, f"found {_shown(error['input'])}, allowed: {allowed}{_null(path, raw)}{guess}"
+    allowed = _ALLOWED.get(kind)
+    allowed = allowed.format(**context) if allowed else error["msg"]
+    return path, f"found {_shown(error['input'])}, allowed: {allowed}{_null(path, raw)}"
+
+
+def _unknown(path: Path, raw: Any) -> str:
+    known = list(fields_of(path[:-1], raw))
+    owner = _at(raw, path[:-1])
+    elsewhere = _ELSEWHERE.get((owner.get("stage") if isinstance(owner, dict) else None, path[-1]))
+    if elsewhere:
+        return f"unknown key here: {elsewhere}"
+    return f"unknown key{_guess(path[-1], known) or '; allowed: ' + ', '.join(known)}"
+
+
+def _guess(word: Any, known: Sequence[str]) -> str:
+    near = get_close_matches(str(word), known, 1, 0.6)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def _null(path: Path, raw: Any) -> str:
+    """Whether null is allowed at ``path``, too."""
+    field = fields_of(path[:-1], raw).get(path[-1]) if path else None
+    return " or null" if field is not None and type(None) in getattr(field.annotation, "__args__", ()) else ""
+
+
+def fields_of(path: Path, raw: Any) -> dict:
+    """Name -> pydantic field of the mapping at ``path`` of the recipe ``raw``."""
+    spec = _spec(path, raw)
+    return {} if spec is None else dict(spec.model_fields)
+
+
+def _spec(path: Path, raw: Any) -> type[Spec] | None:
+    value = _at(raw, path)
+    if not path:
+        return Recipe
+    if path == ("data",):
+        return BenchmarkData if _data_kind(value) == "benchmark" else OwnData
+    if len(path) == 1:
+        return _PARTS.get(path[0])
+    if isinstance(value, dict) and path[0] == "stages" and len(path) in (2, 4):
+        kinds, key = (STAGES, "stage") if len(path) == 2 else (REWARDS, "kind")
+        return kinds.get(value.get(key))
+    return None
+
+
+def _at(raw: Any, path: Path) -> Any:
+    for part in path:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

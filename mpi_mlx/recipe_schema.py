@@ -1,0 +1,212 @@
+"""The schema of a recipe: model, adapters, data, evaluation, and the whole with its cross-checks."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from mpi_mlx.recipe_fields import Bool, FilePath, Float, Int, Spec, Str, refuse
+from mpi_mlx.recipe_stages import Stage
+
+
+class ModelSpec(Spec):
+    """The base model. A bare text is short for ``{base: text}``."""
+
+    base: Str = Field(min_length=1, description="A hub id, a folder, or embedded:tiny.")
+    quantize: Literal[4, 8] | None = Field(None, description="Bits of the frozen base's weights; null: as stored.")
+    max_pixels: Int | None = Field(None, ge=1, description="Pixels an image is shrunk to; null: the model's own.")
+    init: Literal["weights", "random"] = Field("weights", description="random: only config.json is used.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the weights; null: float32 on CPU, else bfloat16."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"base": value} if isinstance(value, str) else value
+
+
+class LoraSpec(Spec):
+    """The adapters. ``lora: null`` trains the model's own weights."""
+
+    rank: Int = Field(16, ge=1, description="Rank of the update.")
+    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Scale: alpha/rank, rslora alpha/sqrt(rank).")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="On the adapters' input while training.")
+    targets: Str | list[Str] = Field(
+        "all-linear", description="all-linear, or suffixes such as [q_proj, v_proj], or qualified names."
+    )
+    kind: Literal["lora", "rslora", "dora"] = Field("lora", description="The kind of adapter.")
+    projector: Bool = Field(False, description="Also adapt the layers that carry vision into language.")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+        if value != "all-linear" and not names:
+            raise PydanticCustomError("targets", "all-linear, or a list of layers such as [q_proj, v_proj]")
+        return value
+
+
+class BenchmarkData(Spec):
+    """A built-in benchmark, generated from its seed."""
+
+    benchmark: Literal["clevr_policy"] = Field(description="Its name.")
+    modality: Literal["text", "multimodal"] = Field("text", description="multimodal: the document has pictures.")
+    depth: Int = Field(3, ge=1, le=6, description="Decisions from the document's root to a reply.")
+    style: Literal["flat", "clevr"] = Field("flat", description="flat: for tiny models; clevr: shaded scenes.")
+    train: Int = Field(8, ge=0, description="Examples labelled with reasoning (cpt, sft).")
+    rl: Int | None = Field(None, ge=1, description="Examples with answers only; null: the train split.")
+    validation: Int = Field(100, ge=0, description="Held-out examples to watch.")
+    test: Int = Field(500, ge=0, description="Held-out examples to report.")
+    seed: Int = Field(7, ge=0, description="Of scenes and document: same seed, same bytes.")
+    document_seed: Int | None = Field(None, ge=0, description="Of the document alone; null: seed.")
+    image_size: Int | None = Field(None, ge=28, description="Side in pixels; null: 84 flat, 448 clevr.")
+    conditions: list[Literal["exists", "count", "relation"]] = Field(
+        default_factory=lambda: ["exists"], min_length=1, description="What the document asks about a scene."
+    )
+    wording: Literal["compact", "natural", "mixed"] = Field("natural", description="Of the document.")
+    max_objects: Int = Field(5, ge=1, le=9, description="Objects of a scene, at most.")
+    clevr_root: FilePath | None = Field(None, description="A CLEVR v1.0 folder whose pictures to use.")
+
+
+class OwnData(Spec):
+    """One's own files; paths are relative to the recipe and become absolute when it is loaded."""
+
+    document: FilePath | None = Field(None, description="The policy document: a Markdown file or a folder.")
+    train: FilePath | None = Field(None, description="JSONL labelled with answers, perhaps reasoning (cpt, sft).")
+    rl: FilePath | None = Field(None, description="JSONL of prompts with answers to check; null: train.")
+    validation: FilePath | None = Field(None, description="JSONL of held-out examples to watch.")
+    test: FilePath | None = Field(None, description="JSONL of held-out examples to report.")
+
+
+def data_kind(value: Any) -> str:
+    """Which of the two a ``data`` mapping means: the key ``benchmark`` decides, a misspelt one too."""
+    if isinstance(value, BenchmarkData):
+        return "benchmark"
+    keys = [key for key in value if isinstance(key, str)] if isinstance(value, dict) else []
+    return "benchmark" if get_close_matches("benchmark", keys, 1, 0.75) else "own"
+
+
+Data = Annotated[
+    Annotated[BenchmarkData, Tag("benchmark")] | Annotated[OwnData, Tag("own")], Discriminator(data_kind)
+]
+
+
+class EvaluationSpec(Spec):
+    """What is measured on the test split, and when."""
+
+    batch_size: Int = Field(64, ge=1, description="Prompts decoded together.")
+    after: list[Str] | None = Field(None, description="base and names of stages. Default: all of them.")
+    max_completion_tokens: Int = Field(160, ge=1, description="Longest answer.")
+    samples: Int | None = Field(None, ge=1, description="Test examples used; null: all.")
+    with_document: Bool = Field(True, description="Measure with the document in context, too.")
+    forgetting: Bool = Field(True, description="Measure what general text has become harder.")
+
+
+class LoggingSpec(Spec):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: Bool = Field(False, description="Write TensorBoard events into the run.")
+    wandb: Str | None = Field(None, description="Name of a Weights & Biases project; null: none.")
+
+
+class Recipe(Spec):
+    """One experiment. ``load_recipe`` makes it; everything left out is filled in."""
+
+    model: ModelSpec = Field(description="The base model.")
+    lora: LoraSpec | None = Field(default_factory=LoraSpec, description="The adapters; null: train all weights.")
+    data: Data | None = Field(None, description="A benchmark or one's own files; null only to pretrain.")
+    stages: list[Stage] = Field(description="What is done, in this order.")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="What is measured, and when.")
+    logging: LoggingSpec = Field(default_factory=LoggingSpec, description="Where metrics go.")
+    output: Str = Field("runs/recipe", min_length=1, description="The run's folder. Default: runs/ and its name.")
+    seed: Int = Field(0, ge=0, description="Of everything drawn while training.")
+    processes: Int = Field(1, ge=1, description="Data-parallel processes on this machine; 1: none.")
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe's file; not part of the recipe."""
+        return self._folder
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """One name a stage, a repeated kind with a number: cpt, sft, rl, rl_2."""
+        kinds = [stage.stage for stage in self.stages]
+        counts = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
+        return tuple(k if n == 1 else f"{k}_{n}" for k, n in zip(kinds, counts, strict=True))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; ``load_recipe`` reads it back the same."""
+        raw = self.model_dump()
+        for stage in raw["stages"]:
+            for name in ("steps", "epochs"):
+                if stage.get(name, 0) is None:
+                    del stage[name]
+            stage_first = {"stage": stage.pop("stage")}
+            stage_first.update(stage)
+            stage.clear()
+            stage.update(stage_first)
+        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=100)
+
+    @model_validator(mode="after")
+    def _resolve(self):
+        tested = bool(self.data is not None and self.data.test)
+        self.evaluation._fill(after=["base", *self.stage_names] if tested else [])
+        refuse(_contradictions(self, tested))
+        return self
+
+
+def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
+    known = ("base", *recipe.stage_names)
+    problems: list[tuple[str, str]] = []
+    for i, name in enumerate(recipe.evaluation.after):
+        if name not in known:
+            problems.append((f"evaluation.after.{i}", f'found "{name}", allowed: {", ".join(known)}'))
+    if recipe.evaluation.after and not tested:
+        problems.append(("evaluation.after", "nothing to evaluate on; set data.test, or after: []"))
+    trained = [s.stage for s in recipe.stages if s.stage != "pretrain"]
+    if recipe.data is None and trained:
+        problems.append(("data", f"missing; stage {trained[0]} needs a benchmark or your own files"))
+    if recipe.lora is None and recipe.model.quantize and recipe.stages:
+        problems.append(("lora", "quantized weights cannot be trained; give adapters, or model.quantize: null"))
+    for i, stage in enumerate(recipe.stages):
+        problems += [(f"stages.{i}.{path}", said) for path, said in _stage_needs(stage, recipe)]
+    return problems
+
+
+def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
+    """What a stage needs of the rest of the recipe."""
+    if stage.stage == "pretrain":
+        odd = stage.batch_size % recipe.processes
+        return [("batch_size", f"must be a multiple of processes ({recipe.processes})")] if odd else []
+    needs: list[tuple[str, str]] = []
+    if recipe.data is not None:
+        data = recipe.data
+        document = isinstance(data, BenchmarkData) or data.document is not None
+        if stage.stage in ("cpt", "sft") and not data.train:
+            needs.append(("stage", f"{stage.stage} needs labelled examples; set data.train"))
+        if stage.stage == "cpt" and not document:
+            needs.append(("stage", "cpt needs a document; set data.document"))
+        if stage.stage == "rl" and not (data.rl or data.train):
+            needs.append(("stage", "rl needs prompts; set data.rl or data.train"))
+        if stage.stage == "rl" and stage.sft_coef and not data.train:
+            needs.append(("sft_coef", "needs labelled examples; set data.train"))
+        if stage.stage == "rl" and stage.policy_aware and not document:
+            needs.append(("policy_aware", "needs a document; set data.document, or policy_aware: 0"))
+        if stage.stage != "cpt" and stage.document_fraction and not document:
+            needs.append(("document_fraction", "needs a document; set data.document, or 0"))
+        if stage.validate_every and not data.validation:
+            needs.append(("validate_every", "needs held-out examples; set data.validation, or 0"))
+    if stage.stage == "rl" and recipe.lora is None:
+        if stage.kl_coef:
+            needs.append(("kl_coef", "the reference is the model without adapters; give lora, or set it to 0"))
+        if stage.policy_aware and stage.policy_aware_sampler == "reference":
+            needs.append(("policy_aware_sampler", "the reference is the model without adapters; give lora, or model"))
+    return needs
