@@ -6,11 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import typer
-
 SLOW = 60.0  # GFLOP/s of fp32 on CPU below which no good BLAS can be at work
 LEAST_MEMORY, LEAST_DISK = 4e9, 2e9
-COMPUTED_BY = {"CPU": "no GPU is used"}
 
 
 def doctor_command() -> None:
@@ -20,7 +17,6 @@ def doctor_command() -> None:
     info = runtime.device_info()
     checks = findings(info, runtime.measure_gflops(), shutil.disk_usage(Path.cwd()).free, sys.platform)
     _show(checks)
-    raise typer.Exit(0)
 
 
 def findings(info, gflops: float, disk_free: int, platform: str) -> list[tuple[str, str, str | None]]:
@@ -39,8 +35,10 @@ def findings(info, gflops: float, disk_free: int, platform: str) -> list[tuple[s
         if info.blas.path is None:
             advice = f"{info.blas.note}; without an OpenBLAS training is some 20 times slower"
         out.append(("blas", found, advice))
-    slow = on_cpu and gflops < SLOW and info.blas.path is not None
-    out.append(("fp32 speed", f"{gflops:,.0f} GFLOP/s", "slow for this BLAS: is the machine busy?" if slow else None))
+    slow = None
+    if on_cpu and gflops < SLOW and info.blas.path is not None:
+        slow = "slow for this BLAS: is the machine busy?"
+    out.append(("fp32 speed", f"{gflops:,.0f} GFLOP/s", slow))
     if on_cpu:
         out.append(("cores", f"{info.cores}, {info.threads or 'all'} used by the BLAS", None))
         advice = None
@@ -52,8 +50,10 @@ def findings(info, gflops: float, disk_free: int, platform: str) -> list[tuple[s
         usable = info.memory_total if info.memory_available is None else info.memory_available
         little = "the quickstart takes up to 4 GB; close other programs" if usable < LEAST_MEMORY else None
         out.append(("memory", f"{size(info.memory_total)}{free}", little))
-    few = "free some space: a run writes checkpoints, a hub model gigabytes" if disk_free < LEAST_DISK else None
-    out.append(("disk here", f"{size(disk_free)} free", few))
+    full = None
+    if disk_free < LEAST_DISK:
+        full = "free some space: a run writes checkpoints, a hub model is gigabytes"
+    out.append(("disk here", f"{size(disk_free)} free", full))
     return out
 
 
@@ -84,4 +84,5 @@ def _show(checks: list[tuple[str, str, str | None]]) -> None:
             table.add_row("", "", Text(f"{advice}", "yellow"))
     console.print(table)
     wanting = sum(advice is not None for *_, advice in checks)
-    console.print("all well: mpi-mlx train quickstart" if not wanting else f"{wanting} to look at", style="bold")
+    said = f"{wanting} to look at" if wanting else "all well; next: mpi-mlx train quickstart"
+    console.print(said, style="bold")

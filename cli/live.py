@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from mpi_mlx_cli.plain import mode
+from mpi_mlx_cli.results import result_table, show_end, show_interrupted
+from mpi_mlx_cli.state import RunState, Stage, clock, many, size
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -11,9 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mpi_mlx.training import reports as r
-from mpi_mlx_cli.plain import mode, step_line
-from mpi_mlx_cli.results import result_table, show_end, show_interrupted
-from mpi_mlx_cli.state import RunState, Stage, clock, many, size
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ABOUT = {
@@ -21,18 +21,22 @@ ABOUT = {
     "pretrain": "learn to see and to read",
 }
 # metric, its label, style; a line with a curve each, where the stage has it
-CURVES = (
-    ("loss", "loss", "yellow"),
+REWARDS = (
+    ("reward", "reward", "green"),
     ("reward_plain", "reward, plain", "green"),
     ("reward_policy_aware", "reward, policy-aware", "cyan"),
-    ("groups_with_signal", "groups with signal", "magenta"),
 )
-NUMBERS = (("kl", "kl"), ("clip_fraction", "clipped"), ("completion_length", "length"), ("drift", "drift"))
+NUMBERS = (
+    ("completion_length", "completion tokens"), ("clip_fraction", "clipped"), ("kl", "kl"),
+    ("drift", "drift"),
+)
+TALL = 32  # lines of a terminal that has room for curves and results at once
 CURVE_WIDTH = 44
+MINOR = "bright_black"
 
 
-def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
-    """The values as blocks, averaged into at most ``width`` of them; the range is the values' own.
+def sparkline(values: list[float], span: tuple[float, float] | None = None, width: int = CURVE_WIDTH) -> str:
+    """The values as blocks, averaged into at most ``width`` of them; ``span``: lowest and highest block.
 
     >>> sparkline([0.0, 1.0, 2.0, 3.0])
     '▁▃▆█'
@@ -43,11 +47,10 @@ def sparkline(values: list[float], width: int = CURVE_WIDTH) -> str:
     count = min(width, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
-    low, high = min(means), max(means)
-    span = high - low
-    if span <= 1e-12 * max(abs(low), abs(high), 1e-30):
+    low, high = span or (min(means), max(means))
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-30):
         return BLOCKS[3] * count
-    return "".join(BLOCKS[min(7, int((m - low) / span * 8))] for m in means)
+    return "".join(BLOCKS[max(0, min(7, int((m - low) / (high - low) * 8)))] for m in means)
 
 
 class LiveView:
@@ -77,24 +80,25 @@ class LiveView:
     def show(self, report: object) -> None:
         self.state.add(report)
         if isinstance(report, r.Message):
-            self.console.print(report.text, markup=False, soft_wrap=True)
+            self.console.print(report.text, markup=False, highlight=False, soft_wrap=True)
 
     def render(self) -> RenderableType:
-        return render(self.state)
+        return render(self.state, self.console.height)
 
 
-def render(state: RunState) -> RenderableType:
-    """The whole view for a state."""
+def render(state: RunState, height: int = 100) -> RenderableType:
+    """The whole view for a state, in a terminal of ``height`` lines."""
     if state.started is None:
         return Text("loading the model and the data ...", "dim")
     parts: list[RenderableType] = [_facts(state), "", _stages(state)]
     ended = state.finished is not None or state.interrupted is not None
     if not ended:
-        if state.current is not None and state.current.last is not None and not state.current.done:
+        curves = state.current is not None and state.current.last is not None and not state.current.done
+        if curves:
             parts += ["", _curves(state.current), "", _numbers(state.current)]
         if state.evaluating is not None:
             parts += ["", _evaluating(state.evaluating)]
-        if state.rows:
+        if state.rows and (height >= TALL or not curves):
             parts += ["", result_table(state.rows)]
     if state.stopping and not ended:
         parts += ["", Text("stopping after this step; press Ctrl-C again to quit at once", "bold yellow")]
@@ -107,7 +111,6 @@ def render(state: RunState) -> RenderableType:
         border_style="bright_black",
         box=box.ROUNDED,
         padding=(0, 2),
-        width=None,
     )
 
 
@@ -159,21 +162,25 @@ def _curves(stage: Stage) -> RenderableType:
     grid.add_column(no_wrap=True, min_width=20)
     grid.add_column(justify="right", no_wrap=True, min_width=7)
     grid.add_column(no_wrap=True)
-    names = list(CURVES)
-    if "reward_plain" not in stage.history and "reward" in stage.history:
-        names[1] = ("reward", "reward", "green")
-    for name, label, style in names:
-        values = list(stage.history.get(name, ()))
-        if values:
-            grid.add_row(Text(label, "dim"), Text(_number(values[-1]), f"bold {style}"),
-                         Text(sparkline(values), style))
-    for name, values in list(stage.history.items()):
+    history = {name: list(values) for name, values in list(stage.history.items())}
+
+    def add(name: str, label: str, style: str, span=None) -> None:
+        if values := history.get(name):
+            value = Text(_number(values[-1]), style if style == MINOR else f"bold {style}")
+            grid.add_row(Text(label, "dim"), value, Text(sparkline(values, span), style))
+
+    add("loss", "loss", "yellow")
+    shown = [r for r in REWARDS if r[0] in history and not (r[0] == "reward" and "reward_plain" in history)]
+    rewards = [v for name, *_ in shown for v in history[name]]
+    for name, label, style in shown:  # on one scale, to be compared
+        add(name, label, style, (min(rewards), max(rewards)))
+    for name in history:
         if name.startswith("reward/"):
-            grid.add_row(Text("  " + name[7:].replace("_", " "), "dim"), _number(values[-1]),
-                         Text(sparkline(list(values)), "bright_black"))
+            add(name, "  " + name[7:].replace("_", " "), MINOR, (0.0, max(1.0, *history[name])))
+    add("groups_with_signal", "groups with signal", "magenta", (0.0, 1.0))
     if stage.validation:
-        losses = [loss for _, loss in stage.validation]
-        grid.add_row(Text("validation loss", "dim"), _number(losses[-1]), Text(sparkline(losses), "blue"))
+        history["validation"] = [loss for _, loss in stage.validation]
+        add("validation", "validation loss", "blue")
     return grid
 
 
@@ -184,14 +191,18 @@ def _number(value: float) -> str:
 def _numbers(stage: Stage) -> RenderableType:
     last = stage.last
     said = [
-        ("learning rate", f"{last.learning_rate:.1e}"), ("gradient", f"{last.grad_norm:.2f}"),
-        ("tokens/s", f"{last.tokens_per_second:,.0f}"), ("s/step", f"{last.seconds:.1f}"),
-        ("memory", size(last.memory_bytes)),
+        ("learning rate", f"{last.learning_rate:.1e}"), ("tokens/s", f"{last.tokens_per_second:,.0f}"),
+        ("s/step", f"{last.seconds:.1f}"), ("memory", size(last.memory_bytes)),
     ]
-    said += [(label, f"{last.metrics[name]:.3g}") for name, label in NUMBERS if name in last.metrics]
-    line = Text()
+    measured = [("gradient", f"{last.grad_norm:.2f}")]
+    measured += [(label, f"{last.metrics[name]:.3g}") for name, label in NUMBERS if name in last.metrics]
+    return Group(_facts_line(said), _facts_line(measured))
+
+
+def _facts_line(said: list[tuple[str, str]]) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
     for index, (label, value) in enumerate(said):
-        line.append(("" if index == 0 else "   ") + label + " ", "dim").append(value)
+        line.append(("   " if index else "") + label + " ", "dim").append(value)
     return line
 
 
@@ -208,5 +219,3 @@ def _evaluating(report: r.EvaluationProgress) -> RenderableType:
     )
     return grid
 
-
-__all__ = ["LiveView", "render", "sparkline", "step_line"]

@@ -101,14 +101,14 @@ _register()
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 a bug, 2 something the user can mend, 130 interrupted."""
     try:
-        app(arguments)
+        app(arguments, prog_name="mpi-mlx")
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("MPI_MLX_DEBUG", "0") not in ("", "0"):
             import traceback
 
             traceback.print_exc()
         said, code = explain(error)
-        _say(said, code)
+        say(said)
         sys.exit(code)
 
 
@@ -132,22 +132,22 @@ def explain(error: BaseException) -> tuple[str, int]:
     )
 
 
-def _say(said: str, code: int) -> None:
+def say(said: str) -> None:
+    """``error: ...`` on stderr, red where that is a terminal, never wrapped; each line is an error.
+
+    In a rank of a data-parallel run the launcher does it.
+    """
     path = os.environ.get(ERROR_FILE)
     if path:
         with open(path, "w", encoding="utf-8") as file:
             file.write(said)
         return
-    show_error(said)
-
-
-def show_error(said: str) -> None:
-    """``error: ...`` on stderr, red where that is a terminal, never wrapped."""
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), (said, "red"))
-    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    for line in said.splitlines():
+        console.print(Text.assemble(("error: ", "bold red"), (line, "red")), soft_wrap=True)
 
 
 if __name__ == "__main__":

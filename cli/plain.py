@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mpi_mlx_cli.results import show_end, show_interrupted
+from mpi_mlx_cli.state import RunState, clock, many, size
 from rich.console import Console
 
 from mpi_mlx.training import reports as r
-from mpi_mlx_cli.results import show_end, show_interrupted
-from mpi_mlx_cli.state import RunState, clock, many, size
 
 EVERY = 5.0  # seconds between lines of steps
 

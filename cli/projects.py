@@ -41,7 +41,7 @@ def first_sentence(path) -> str:
 def init_command(
     name: Annotated[str, typer.Argument(help="Folder to make.")],
 ) -> None:
-    """Start a project of your own: a small illustrated document, examples, a recipe, and how to replace them."""
+    """Start a project of your own: an illustrated document, examples and a recipe to replace."""
     from importlib.resources import as_file, files
 
     from mpi_mlx.errors import DataError, MPIError

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mpi_mlx_cli.state import clock
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from mpi_mlx_cli.state import clock
 
 TITLES = {"base": "base", "cpt": "+ cpt", "sft": "+ sft", "rl": "+ rl"}
 
@@ -20,12 +20,19 @@ def by_model(rows: list[dict]) -> dict[str, dict[bool, dict]]:
 
 
 def result_table(rows: list[dict], title: str | None = None) -> Table:
-    """A line a model. ``w/o`` and ``with`` are without the document and with it in the prompt."""
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=_box())
-    table.add_column("model")
+    """A line a model: without the document, and with it in the prompt."""
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("\nmodel", no_wrap=True)
     for heading, style in (
-        ("accuracy\nw/o document", "bold green"), ("format\nw/o", ""), ("trace\nw/o", ""),
-        ("accuracy\nwith document", "cyan"), ("prompt tokens\nw/o · with", ""), ("prefill ms\nw/o · with", ""),
+        ("accuracy\nwithout", "bold green"),
+        ("format\nwithout", ""),
+        ("trace\nwithout", ""),
+        ("accuracy\nwith", "cyan"),
+        ("prompt tokens\nw/o · with", ""),
+        ("prefill ms\nw/o · with", ""),
     ):
         table.add_column(heading, justify="right", style=style, no_wrap=True)
     for model, modes in by_model(rows).items():
@@ -37,20 +44,14 @@ def result_table(rows: list[dict], title: str | None = None) -> Table:
             _pair(plain, carried, "prompt_tokens", lambda v: f"{v:,.0f}"),
             _pair(plain, carried, "prefill_seconds", lambda v: f"{1000 * v:.1f}"),
         )
-    notes = []
+    notes = ["without, with: the document in the prompt"]
     if rows:
-        notes.append(f"{rows[0].get('n', 0):,} held-out examples")
+        notes[0] += f"; {rows[0].get('n', 0):,} held-out examples"
         majority = max((row.get("majority") or 0.0) for row in rows)
         if majority:
-            notes.append(f"the most frequent answer alone earns {majority:.1%}")
-    table.caption, table.caption_justify = "; ".join(notes) or None, "left"
+            notes.append(f"the most frequent answer alone would earn {majority:.1%}")
+    table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
-
-
-def _box():
-    from rich import box
-
-    return box.SIMPLE_HEAD
 
 
 def _share(row: dict | None, key: str) -> str:

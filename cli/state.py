@@ -16,8 +16,6 @@ class Stage:
     name: str
     total: int
     step: int = 0
-    first: int = 0  # the step it started from (over 0 after --resume)
-    began: float | None = None
     seconds: float | None = None  # when it is finished
     last: r.StepReport | None = None
     history: dict[str, list[float]] = field(default_factory=dict)
@@ -71,8 +69,8 @@ class RunState:
                 self.stages = [Stage(index, name, total) for index, name, total in report.stages]
             case r.StageStarted():
                 stage = self._stage(report.index, report.stage, report.total_steps)
-                stage.total, stage.step, stage.first = report.total_steps, report.start_step, report.start_step
-                stage.began, self.current, self.evaluating = self.now(), stage, None
+                stage.total, stage.step = report.total_steps, report.start_step
+                self.current, self.evaluating = stage, None
             case r.StepReport():
                 if self.current is None or self.current.name != report.stage:
                     self.current = self._named(report.stage, report.total_steps)
@@ -83,7 +81,7 @@ class RunState:
                     self.current.validation.append((report.step, report.loss))
             case r.StageFinished():
                 stage = self._stage(report.index, report.stage, 0)
-                stage.seconds, stage.step = report.seconds, max(stage.step, 0)
+                stage.seconds = report.seconds
             case r.EvaluationProgress():
                 self.evaluating = report
             case r.EvaluationRow():

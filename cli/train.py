@@ -6,14 +6,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped recipe's name (mpi-mlx recipes).")],
+    recipe: Annotated[str, typer.Argument(help="A file, or a shipped recipe's name (mpi-mlx recipes).")],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: stages.1.steps=50. Repeatable."),
@@ -36,14 +36,15 @@ def train_command(
         show_plan(loaded)
         return
     rank = os.environ.get("MLX_RANK")
-    if getattr(loaded, "processes", 1) > 1 and rank is None:
+    if loaded.processes > 1 and rank is None:
+        from mpi_mlx_cli.main import ERROR_FILE, say
+
         from mpi_mlx.training.launch import launch
-        from mpi_mlx_cli.main import ERROR_FILE, show_error
 
         command = [sys.executable, "-m", "mpi_mlx_cli.main", *sys.argv[1:]]
         ended = launch(command, loaded.processes, error_variable=ERROR_FILE)
         if ended.error:
-            show_error(ended.error)
+            say(ended.error)
         raise typer.Exit(ended.code)
     if rank is not None:
         from mpi_mlx.training.launch import end_with_launcher
@@ -56,17 +57,23 @@ def follow(recipe, *, resume: bool, silent: bool = False) -> int:
     """Trains and shows it; the exit code."""
     from mpi_mlx.training.run import train
 
-    with view_for(silent) as view, stop_on_interrupt(view):
-        for report in train(recipe, resume=resume):
-            view.show(report)
+    try:
+        with view_for(silent) as view, stop_on_interrupt(view) as take_over:
+            for report in train(recipe, resume=resume):
+                take_over()
+                view.show(report)
+    except KeyboardInterrupt:
+        from mpi_mlx_cli.main import say
+
+        say(f"interrupted; go on from the last checkpoint with: {recipe.command} --resume")
+        return 130
     return 130 if view.state.interrupted is not None else 0
 
 
 def view_for(silent: bool = False):
     """The live view in a terminal that can show it, plain lines elsewhere."""
-    from rich.console import Console
-
     from mpi_mlx_cli.plain import PlainView
+    from rich.console import Console
 
     if silent:
         return PlainView(Console(file=open(os.devnull, "w", encoding="utf-8")))
@@ -79,8 +86,11 @@ def view_for(silent: bool = False):
 
 
 @contextlib.contextmanager
-def stop_on_interrupt(view) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the trainer finish its step, the second quits, the third kills."""
+def stop_on_interrupt(view) -> Iterator[Callable[[], None]]:
+    """The first Ctrl-C lets the trainer finish its step, the second quits, the third kills.
+
+    Gives what to call once the trainer has begun: it brings its own handler, which tells the user nothing.
+    """
     from mpi_mlx.training.run import request_stop
 
     def ask(*_) -> None:
@@ -92,8 +102,16 @@ def stop_on_interrupt(view) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, ask)
+    taken = False
+
+    def take_over() -> None:
+        nonlocal taken
+        if not taken:
+            signal.signal(signal.SIGINT, ask)
+            taken = True
+
+    before = signal.signal(signal.SIGINT, quit_now)
     try:
-        yield
+        yield take_over
     finally:
         signal.signal(signal.SIGINT, before)

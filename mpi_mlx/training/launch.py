@@ -198,13 +198,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _end(ranks: list[_Rank], patience: float = PATIENCE) -> None:
+def _end(ranks: list[_Rank], patience: float | None = None) -> None:
     """Ends what still runs, politely first."""
     running = [rank for rank in ranks if rank.process.poll() is None]
     for rank in running:
         with suppress(OSError):
             rank.process.terminate()
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     while any(rank.process.poll() is None for rank in running) and time.monotonic() < deadline:
         time.sleep(0.05)
     for rank in running:
