@@ -35,6 +35,9 @@ def clevr_policy(
     workers: Annotated[int, typer.Option(help="Processes that draw; 0: one a core.")] = 0,
 ) -> None:
     """A document, examples and pictures as plain files, and a recipe that trains on them."""
+    from mpi_mlx.data import load_dataset
+    from mpi_mlx.data.clevr_photos import build_from_clevr
+    from mpi_mlx.data.recipe_text import recipe_text
     from mpi_mlx.data.write import write_dataset, written_splits
     from mpi_mlx.errors import DataError
 
@@ -47,10 +50,11 @@ def clevr_policy(
         "max_objects": max_objects, "image_size": image_size,
     }
     spec = _benchmark(wanted)
-    dataset = _built(spec, clevr, limit)
+    dataset = load_dataset(spec) if clevr is None else build_from_clevr(clevr, spec, limit=limit)
     if model is None:
         model = "embedded:tiny" if spec.style == "flat" and clevr is None else "Qwen/Qwen2.5-VL-3B-Instruct"
-    recipe = recipe_text(out.name, dataset, model, _remade(out, wanted, clevr, limit))
+    command = _remade(out.name, {**wanted, "clevr": clevr, "limit": limit})
+    recipe = recipe_text(out.name, dataset, model, command)
     if workers < 1:  # flat pictures are drawn faster than processes start
         workers = 1 if spec.style == "flat" else os.cpu_count() or 1
     with _bar("drawing") as progress:
@@ -73,67 +77,21 @@ def _benchmark(wanted: dict):
         raise DataError("; ".join(f"--{name}: {why}, found {found!r}" for name, why, found in said)) from None
 
 
-def _built(spec, clevr: Path | None, limit: int | None):
-    if clevr is None:
-        from mpi_mlx.data import load_dataset
-
-        return load_dataset(spec)
-    from mpi_mlx.data.clevr_photos import build_from_clevr
-
-    return build_from_clevr(clevr, spec, limit=limit)
-
-
-def _remade(out: Path, wanted: dict, clevr: Path | None, limit: int | None) -> str:
+def _remade(name: str, wanted: dict) -> str:
     """The command that writes the same files again."""
-    said = [f"mpi-mlx data clevr-policy {out.name}"]
-    for name, value in wanted.items():
-        value = ",".join(value) if isinstance(value, list) else value
+    said = [f"mpi-mlx data clevr-policy {name}"]
+    for key, value in wanted.items():
         if value is not None:
-            said.append(f"--{name.replace('_', '-')} {value}")
-    if clevr is not None:
-        said.append(f"--clevr {clevr.name}" + ("" if limit is None else f" --limit {limit}"))
+            value = ",".join(value) if isinstance(value, list) else value
+            said.append(f"--{key.replace('_', '-')} {value}")
     return " ".join(said)
-
-
-def recipe_text(name: str, dataset, model: str, command: str) -> str:
-    """A recipe that trains on the files beside it."""
-    from mpi_mlx.data.write import written_splits
-
-    files = "".join(f", {split}: {split}.jsonl" for split in written_splits(dataset))
-    tiny = model.startswith("embedded:")
-    base = f"{{base: {model}}}" if tiny else f"{{base: {model}, quantize: 4}}"
-    batch, rate = (16, "1.0e-3") if tiny else (4, "2.0e-4")
-    tokens = max(len(e.reasoning or "") + len(e.answer or "") for e in dataset.train or dataset.rl)
-    longest = -(-(tokens // 2 + 32) // 32) * 32  # tokens are longer than two characters
-    return f"""\
-# Written by: {command}
-model: {base}
-lora: {{rank: 16, alpha: 32}}
-data: {{document: document{files}}}
-stages:
-  - {{stage: cpt, steps: 20, batch_size: {batch}, learning_rate: {rate}}}
-  - {{stage: sft, steps: 60, batch_size: {batch}, learning_rate: {rate}, document_fraction: 0.25}}
-  - stage: rl
-    algorithm: grpo
-    steps: 60
-    prompts: 8
-    group_size: 4
-    policy_aware: 4
-    policy_aware_sampler: reference
-    learning_rate: {"4.0e-4" if tiny else "2.0e-5"}
-    max_completion_tokens: {longest}
-    rewards: [{{kind: exact_match, weight: 1.0}}, {{kind: format, weight: 0.1}}]
-evaluation: {{batch_size: {64 if tiny else 8}}}
-output: runs/{name}
-seed: 0
-"""
 
 
 @app.command("check")
 def check(
     path: Annotated[Path, typer.Argument(help="A dataset folder, a JSONL of examples, or a recipe.")],
     model: Annotated[
-        str | None, typer.Option(help="Whose tokens to count; default: the recipe's, else embedded:tiny.")
+        str | None, typer.Option(help="Whose tokens; default: the recipe's if local, else embedded:tiny.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Where to draw; default: beside PATH.")] = None,
     samples: Annotated[int, typer.Option(help="Examples on the sheet; 0 draws none.")] = 6,
@@ -148,16 +106,12 @@ def check(
     rows = source.dataset.splits.get(split)
     if rows is None:
         raise DataError(f"--split {split}: expected train, rl, validation or test")
-    if source.recipe is not None:
-        name, pixels = model or source.recipe.model.base, source.recipe.model.max_pixels
-    else:
-        name, pixels = model or "embedded:tiny", None
-    encoder = _encoder(name, pixels)
+    encoder = _encoder(source.recipe, model)
     lengths = {f.name: _lengths(encoder, source.dataset, f.name) for f in report.splits}
     _show(report, lengths, source.dataset, encoder)
     if samples > 0 and rows:
         target = sheet or _sheet_path(path)
-        picture = _sheet(source, rows, samples, encoder, name, path)
+        picture = _sheet(source, rows, samples, encoder, path)
         try:
             picture.save(target, format="PNG")
         except (OSError, ValueError) as error:
@@ -165,11 +119,21 @@ def check(
         typer.echo(f"sheet: {target}")
 
 
-def _encoder(name: str, max_pixels: int | None):
+def _encoder(recipe, wanted: str | None):
+    """The model whose tokens are counted. Nothing is downloaded unless it was asked for by name."""
     from mpi_mlx.models import load_model
 
-    # Only the tokenizer and the processor are needed; random weights spare the embedded model's file.
-    return load_model(name, max_pixels=max_pixels, **({"init": "random"} if name == "embedded:tiny" else {}))
+    named = recipe and recipe.model
+    if wanted is None and named and (named.base.startswith("embedded:") or Path(named.base).is_dir()):
+        wanted = named.base
+    if wanted is None and named:
+        typer.echo(f"counting tokens of embedded:tiny; --model {named.base} counts the recipe's own")
+    name = wanted or "embedded:tiny"
+    # Only tokenizer and image processor are used; random weights spare the embedded model's.
+    init = named.init if named and named.base == name else "weights"
+    if name == "embedded:tiny":
+        init = "random"
+    return load_model(name, max_pixels=named.max_pixels if named else None, init=init)
 
 
 def _stage_rows(model, example, document, reasoning: bool) -> dict:
@@ -226,7 +190,7 @@ def _show(report, lengths: dict, dataset, model) -> None:
     console.print(table)
     sampled = any(found.examples > lengths[found.name]["of"] for found in report.splits)
     on = f"; on {MEASURED} examples a split" if sampled else ""
-    console.print(f"prompt, completion: tokens, mean / longest{on}")
+    console.print(f"prompt, completion: tokens of {model.base}, mean / longest{on}")
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
 
@@ -235,7 +199,7 @@ def _sheet_path(path: Path) -> Path:
     return path / "sheet.png" if path.is_dir() else path.with_name(f"{path.stem}.sheet.png")
 
 
-def _sheet(source, rows, samples: int, model, name: str, path: Path):
+def _sheet(source, rows, samples: int, model, path: Path):
     from mpi_mlx.data.check import check_dataset
     from mpi_mlx.data.sheet import card_of, draw_sheet
 
@@ -249,7 +213,7 @@ def _sheet(source, rows, samples: int, model, name: str, path: Path):
     document = "no document"
     if dataset.document is not None:
         document = f"document of {len(dataset.document.text)} characters"
-    facts = [f"{counts}; {document}; tokens of {name}"]
+    facts = [f"{counts}; {document}; tokens of {model.base}"]
     return draw_sheet(cards, f"{path.resolve().name}: {len(cards)} of {len(rows)} examples", facts)
 
 

@@ -52,11 +52,9 @@ class Source:
 
 
 def read_source(path: str | Path, *, thorough: bool = True) -> Source:
-    """A dataset folder, a JSONL of examples, or a recipe. Raises DataError or RecipeError."""
+    """A recipe (or a folder with one), a folder of JSONL files, or one. Raises DataError or RecipeError."""
     path = Path(path).expanduser()
-    if path.is_dir() and not (path / "train.jsonl").is_file() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
-    if path.is_dir():
+    if path.is_dir() and not (path / "recipe.yaml").is_file():
         return Source(load_dataset_folder(path, thorough=thorough))
     if path.suffix in (".jsonl", ".json"):
         return Source(Dataset(None, tuple(load_examples(path, thorough=thorough))))
@@ -64,8 +62,10 @@ def read_source(path: str | Path, *, thorough: bool = True) -> Source:
         raise DataError(f"{path}: no such dataset; give a dataset folder, a JSONL or a recipe")
     from mpi_mlx.recipe import load_recipe
 
-    recipe = load_recipe(str(path))
-    return Source(load_dataset(recipe.data, path.parent, thorough=thorough), recipe)
+    recipe = load_recipe(path)
+    if recipe.data is None:
+        raise DataError(f"{path}: the recipe has no data; its stages make their own")
+    return Source(load_dataset(recipe.data, recipe.folder, thorough=thorough), recipe)
 
 
 def check_dataset(dataset: Dataset) -> CheckReport:

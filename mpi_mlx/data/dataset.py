@@ -32,11 +32,16 @@ class Dataset:
 def load_dataset(spec, recipe_dir: str | Path = ".", *, thorough: bool = False) -> Dataset:
     """The dataset that a recipe's ``data`` block names; its paths are relative to ``recipe_dir``.
 
-    Without ``rl`` the training examples serve. ``thorough`` decodes every image. Raises one DataError for
-    all that is missing or broken in any of the files.
+    Without ``rl`` the training examples serve as prompts. ``thorough`` decodes every image. Raises one
+    DataError for all that is missing or broken in any of the files.
     """
-    if getattr(spec, "benchmark", None):
-        from mpi_mlx.data.clevr_policy import build_clevr_policy  # it needs Dataset from here
+    if getattr(spec, "benchmark", None):  # imported here: the builders need Dataset
+        if getattr(spec, "clevr_root", None):
+            from mpi_mlx.data.clevr_photos import build_from_clevr
+
+            root, limit = Path(recipe_dir) / spec.clevr_root, getattr(spec, "clevr_limit", None)
+            return build_from_clevr(root, spec, limit=limit)
+        from mpi_mlx.data.clevr_policy import build_clevr_policy
 
         return build_clevr_policy(spec)
     folder = Path(recipe_dir)
@@ -71,5 +76,6 @@ def _read(document: Path | None, files: dict[str, Path], thorough: bool) -> Data
             errors.append(str(error))
     if errors:
         raise DataError("\n".join(errors))
-    splits.setdefault("rl", splits.get("train", ()))
+    splits.setdefault("train", ())
+    splits.setdefault("rl", splits["train"])
     return Dataset(found, **splits)

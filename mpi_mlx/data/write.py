@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from mpi_mlx.atomic import replace_dir, temporary_dir, write_text_atomic
 from mpi_mlx.data.dataset import Dataset
 from mpi_mlx.data.examples import Example
 from mpi_mlx.documents import PolicyDocument
@@ -61,25 +60,20 @@ def write_dataset(
     if folder.exists():
         raise DataError(f"{folder}: exists already; choose another name or remove it")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with temporary_dir(folder) as partial:
+            if dataset.document is not None:
+                write_document(partial / "document", dataset.document)
+            jobs = []
+            for name in written_splits(dataset):
+                plan = _ImagePlan(partial, f"images/{name}", copy=True)
+                _write_lines(partial / f"{name}.jsonl", dataset.splits[name], plan)
+                jobs += plan.jobs
+            save_images(jobs, workers=workers, progress=progress)
+            if recipe is not None:
+                (partial / "recipe.yaml").write_text(recipe, encoding="utf-8", newline="\n")
+            replace_dir(partial, folder)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
-        if dataset.document is not None:
-            write_document(partial / "document", dataset.document)
-        jobs = []
-        for name in written_splits(dataset):
-            plan = _ImagePlan(partial, f"images/{name}", copy=True)
-            _write_lines(partial / f"{name}.jsonl", dataset.splits[name], plan)
-            jobs += plan.jobs
-        save_images(jobs, workers=workers, progress=progress)
-        if recipe is not None:
-            (partial / "recipe.yaml").write_text(recipe, encoding="utf-8", newline="\n")
-        partial.chmod(0o777 & ~_umask())
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return folder
 
 
@@ -94,7 +88,7 @@ def written_splits(dataset: Dataset) -> list[str]:
 def save_images(
     jobs: list[tuple[Path, ImageRef]], *, workers: int = 1, progress: Progress | None = None
 ) -> None:
-    """Draw or copy images to PNG files, in ``workers`` processes (more than 1: the main module is guarded)."""
+    """Draw or copy images to PNG files, in ``workers`` processes (over 1: in a guarded main module)."""
     for file, _ in jobs:
         file.parent.mkdir(parents=True, exist_ok=True)
     workers = min(workers, -(-len(jobs) // 8))
@@ -168,10 +162,7 @@ def _write_lines(path: Path, examples: Iterable[Example], plan: _ImagePlan) -> N
         if example.meta:
             row["meta"] = example.meta
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-    os.replace(partial, path)
+    write_text_atomic(path, "".join(lines))
 
 
 def _plain(message: dict, identity: str, plan: _ImagePlan) -> dict:
@@ -183,9 +174,3 @@ def _plain(message: dict, identity: str, plan: _ImagePlan) -> dict:
         for part in content
     ]
     return {**message, "content": parts}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
