@@ -12,22 +12,34 @@ TEMPLATE = "your_policy"
 
 def recipes_command() -> None:
     """List the recipes that come with mpi-mlx."""
-    from mpi_mlx.recipe import shipped_recipes
     from rich.console import Console
     from rich.table import Table
 
+    from mpi_mlx.recipe import shipped_recipes
+
     table = Table.grid(padding=(0, 3))
-    for name, path in sorted(dict(shipped_recipes()).items()):
-        table.add_row(name, first_sentence(path))
+    for name in shipped_recipes():
+        table.add_row(name, about(name))
     console = Console(highlight=False)
     console.print(table)
     console.print("\n[dim]run one:[/] mpi-mlx train NAME   [dim]start your own:[/] mpi-mlx init NAME")
 
 
-def first_sentence(path) -> str:
+def about(name: str) -> str:
+    """What a shipped recipe says of itself."""
+    from importlib.resources import files
+
+    root = files("mpi_mlx_recipes")
+    for path in (root / f"{name}.yaml", root / name / "recipe.yaml"):
+        if path.is_file():
+            return first_sentence(path.read_text(encoding="utf-8"))
+    return ""
+
+
+def first_sentence(recipe: str) -> str:
     """The comment that a recipe opens with, to its first full stop or colon."""
     said = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in recipe.splitlines():
         if not line.startswith("#") or not line.strip("# "):
             break
         said.append(line.lstrip("# ").strip())

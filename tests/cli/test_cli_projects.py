@@ -44,7 +44,13 @@ def test_init_copies_the_template(capsys, tmp_path):
     assert any(p.suffix == ".yaml" for p in (tmp_path / "mine").iterdir())
 
 
-def test_first_sentence_of_a_recipe(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("# Teaches a tree to a\n# tiny model: 10 minutes.\n#\n# More.\nseed: 0\n")
-    assert first_sentence(path) == "Teaches a tree to a tiny model"
+def test_first_sentence_of_a_recipe():
+    text = "# Teaches a tree to a\n# tiny model: 10 minutes.\n#\n# More.\nseed: 0\n"
+    assert first_sentence(text) == "Teaches a tree to a tiny model"
+    assert first_sentence("seed: 0\n# later\n") == ""
+
+
+def test_recipes_are_listed(capsys):
+    code, out, _ = run(capsys, "recipes")
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if " " in line.strip()}
+    assert code == 0 and len(lines["quickstart"]) > 20
