@@ -81,7 +81,7 @@ def _open_blas() -> BlasInfo:
         if hasattr(library, "cblas_sgemm"):
             return BlasInfo(path, "found")
     if chosen:
-        raise DeviceError(f"{BLAS_VARIABLE}={chosen} is not an OpenBLAS that can be opened; unset it or correct it")
+        raise DeviceError(f"{BLAS_VARIABLE}={chosen} is no OpenBLAS that can be opened; unset or correct it")
     return BlasInfo(None, "none found; pip install opencv-python, or apt install libopenblas0-pthread")
 
 
@@ -99,8 +99,15 @@ def _wheel_blas() -> list[str]:
 
 
 def default_threads() -> int:
-    """Two, one when it is one of several processes, fewer on fewer cores."""
-    return 1 if int(os.environ.get("MPI_MLX_PROCESSES", "1")) > 1 else max(1, min(2, os.cpu_count() or 1))
+    """Two, one when it is one of several processes (also of ``mlx.launch``), fewer on fewer cores."""
+    several = int(os.environ.get("MPI_MLX_PROCESSES", "1")) > 1 or "MLX_RANK" in os.environ
+    return 1 if several else min(2, cores())
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity counts, where the system knows of such."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable or 1)
 
 
 def compiler() -> str | None:
@@ -177,13 +184,14 @@ def device_info() -> DeviceInfo:
     total, available = memory()
     return DeviceInfo(
         device=str(mx.default_device()), name=platform.processor() or platform.machine(), mlx=version("mlx"),
-        backend=backend(), memory_total=total, memory_available=available, cores=os.cpu_count() or 1,
-        threads=int(os.environ.get("OPENBLAS_NUM_THREADS", "0") or 0), compiler=compiler(), blas=preload_blas(),
+        backend=backend(), memory_total=total, memory_available=available, cores=cores(),
+        threads=int(os.environ.get("OPENBLAS_NUM_THREADS", "0") or 0), compiler=compiler(),
+        blas=preload_blas(),
     )
 
 
 def memory() -> tuple[int | None, int | None]:
-    """(total, available) bytes of main memory."""
+    """(total, available) bytes of main memory; a container's limit counts."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
@@ -195,7 +203,23 @@ def memory() -> tuple[int | None, int | None]:
                 available = int(line.split()[1]) * 1024
     except OSError:
         pass
+    limit, used = container_memory()
+    if limit is not None and total is not None and limit < total:
+        total, available = limit, min(available or limit, max(0, limit - used))
     return total, available
+
+
+def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
+    """(limit, used) bytes of this process' control group, version 2 or 1; None without a limit."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return int((root / limit).read_text()), int((root / used).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return None, 0
 
 
 def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:
