@@ -7,6 +7,7 @@ Everything wrong with a file is told at once, a line each, with its place:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -39,8 +40,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | P
     """The recipe at ``path`` (a file, a folder with a recipe.yaml, or a shipped recipe's name), resolved.
 
     Args:
-        overrides: ``stages.1.steps=50``, dotted paths with indices from 0, values as YAML. ``steps`` replaces a
-            stage's ``epochs`` and the other way round. Paths to files are relative to the recipe, as in it.
+        overrides: ``stages.1.steps=50`` or ``stages.sft.steps=50``, values as YAML. ``steps`` replaces a
+            stage's ``epochs`` and the other way round. Files are relative to where one is, while the recipe's
+            own are relative to the recipe.
         output: the run's folder in place of the recipe's own.
 
     Raises:
@@ -60,18 +62,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | P
     if output is not None:
         document.raw["output"] = str(output)
     document.raw.setdefault("output", f"runs/{name}")
-    return _validate(document, file.parent)
+    recipe = _validate(document, file.absolute().parent)
+    words = ["mpi-mlx", "train", str(path), *(word for change in overrides for word in ("--set", change))]
+    words += [] if output is None else ["--output", str(output)]
+    recipe._source, recipe._name, recipe._command = str(path), name, shlex.join(words)
+    return recipe
 
 
 def parse_recipe(text: str, folder: str | Path = ".", *, name: str = "recipe") -> Recipe:
     """A recipe from YAML text (JSON is YAML, too); ``folder``: what its paths are relative to."""
-    return _validate(read_document(text, name), Path(folder))
+    return _validate(read_document(text, name), Path(folder).absolute())
 
 
-def shipped_recipes() -> list[str]:
-    """Names that ``load_recipe`` knows from any folder, such as ``quickstart``."""
+def shipped_recipes() -> dict[str, Path]:
+    """Names that ``load_recipe`` knows from any folder, such as ``quickstart``, and their files."""
     root = _root()
-    return sorted(_name(file.relative_to(root)) for file in root.rglob("*.yaml"))
+    return {_name(file.relative_to(root)): file for file in sorted(root.rglob("*.yaml"))}
 
 
 def _validate(document: Document, folder: Path) -> Recipe:
@@ -94,11 +100,10 @@ def _find(path: str) -> tuple[Path, str]:
         if file.is_file():
             name = file.resolve().parent.name if file.stem == USUAL else file.stem
             return file, name
-    root, shipped = _root(), shipped_recipes()
+    shipped = shipped_recipes()
     name = path.removesuffix(".yaml").strip("/")
     if name in shipped:
-        file = root / f"{name}.yaml"
-        return (file if file.is_file() else root / name / f"{USUAL}.yaml"), Path(name).name
+        return shipped[name], Path(name).name
     near = get_close_matches(name, shipped, 1) or get_close_matches(Path(name).name, shipped, 1)
     if given.is_dir():
         raise RecipeError(f"{path}: no {USUAL}.yaml in this folder")

@@ -8,8 +8,16 @@ from difflib import get_close_matches
 from typing import Any
 
 from mpi_mlx.recipe_fields import Spec
-from mpi_mlx.recipe_schema import BenchmarkData, EvaluationSpec, LoggingSpec, LoraSpec, ModelSpec, OwnData, Recipe
-from mpi_mlx.recipe_schema import data_kind as _data_kind
+from mpi_mlx.recipe_schema import (
+    BenchmarkData,
+    EvaluationSpec,
+    LoggingSpec,
+    LoraSpec,
+    ModelSpec,
+    OwnData,
+    Recipe,
+    data_kind,
+)
 from mpi_mlx.recipe_stages import (
     CptStage,
     ExactMatchReward,
@@ -23,13 +31,13 @@ from mpi_mlx.recipe_stages import (
     ToolCallReward,
     TraceReward,
 )
-from mpi_mlx.recipe_yaml import Document, Path
+from mpi_mlx.recipe_yaml import Document, Keys
 
 STAGES = {"cpt": CptStage, "sft": SftStage, "rl": RlStage, "pretrain": PretrainStage}
 REWARDS = {
-    "exact_match": ExactMatchReward, "format": FormatReward, "regex": RegexReward, "tool_call": ToolCallReward,
-    "json": JsonReward, "trace": TraceReward, "function": FunctionReward,
-}
+    "exact_match": ExactMatchReward, "format": FormatReward, "regex": RegexReward,
+    "tool_call": ToolCallReward, "json": JsonReward, "trace": TraceReward, "function": FunctionReward,
+}  # fmt: skip
 _PARTS = {"model": ModelSpec, "lora": LoraSpec, "evaluation": EvaluationSpec, "logging": LoggingSpec}
 _ELSEWHERE = {
     ("rl", "epochs"): "rl counts steps; set steps",
@@ -59,7 +67,7 @@ _ALLOWED = {
 
 def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
     """``errors`` of pydantic (and the document's own), one line each, in the order of the file."""
-    found: list[tuple[Path, str]] = []
+    found: list[tuple[Keys, str]] = []
     for error in errors:
         path = _path(error["loc"])
         if error["type"] == "contradiction":
@@ -79,22 +87,19 @@ def _by_line(line: str) -> tuple:
     return (0, int(parts[1]), line) if len(parts) > 2 and parts[1].isdigit() else (1, 0, line)
 
 
-def _path(loc: Sequence[str | int]) -> Path:
+def _path(loc: Sequence[str | int]) -> Keys:
     """Pydantic's location without the names of union members and marks of dictionary keys."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
         before = tuple(loc[:i])
-        union = before == ("data",) or (len(before) >= 2 and before[-2] in ("stages", "rewards") and _index(before[-1]))
+        listed = len(before) >= 2 and before[-2] in ("stages", "rewards") and isinstance(before[-1], int)
+        union = before == ("data",) or listed
         if not union and part != "[key]":
             path.append(part)
     return tuple(path)
 
 
-def _index(part: str | int) -> bool:
-    return isinstance(part, int)
-
-
-def _said(error: dict, path: Path, raw: Any) -> tuple[Path, str]:
+def _said(error: dict, path: Keys, raw: Any) -> tuple[Keys, str]:
     kind, context = error["type"], error.get("ctx") or {}
     if kind == "extra_forbidden":
         return path, _unknown(path, raw)
@@ -117,7 +122,7 @@ def _said(error: dict, path: Path, raw: Any) -> tuple[Path, str]:
     return path, f"found {_shown(error['input'])}, allowed: {allowed}{_null(path, raw)}"
 
 
-def _unknown(path: Path, raw: Any) -> str:
+def _unknown(path: Keys, raw: Any) -> str:
     known = list(fields_of(path[:-1], raw))
     owner = _at(raw, path[:-1])
     elsewhere = _ELSEWHERE.get((owner.get("stage") if isinstance(owner, dict) else None, path[-1]))
@@ -131,24 +136,24 @@ def _guess(word: Any, known: Sequence[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def _null(path: Path, raw: Any) -> str:
+def _null(path: Keys, raw: Any) -> str:
     """Whether null is allowed at ``path``, too."""
     field = fields_of(path[:-1], raw).get(path[-1]) if path else None
     return " or null" if field is not None and type(None) in getattr(field.annotation, "__args__", ()) else ""
 
 
-def fields_of(path: Path, raw: Any) -> dict:
+def fields_of(path: Keys, raw: Any) -> dict:
     """Name -> pydantic field of the mapping at ``path`` of the recipe ``raw``."""
     spec = _spec(path, raw)
     return {} if spec is None else dict(spec.model_fields)
 
 
-def _spec(path: Path, raw: Any) -> type[Spec] | None:
+def _spec(path: Keys, raw: Any) -> type[Spec] | None:
     value = _at(raw, path)
     if not path:
         return Recipe
     if path == ("data",):
-        return BenchmarkData if _data_kind(value) == "benchmark" else OwnData
+        return BenchmarkData if data_kind(value) == "benchmark" else OwnData
     if len(path) == 1:
         return _PARTS.get(path[0])
     if isinstance(value, dict) and path[0] == "stages" and len(path) in (2, 4):
@@ -157,7 +162,7 @@ def _spec(path: Path, raw: Any) -> type[Spec] | None:
     return None
 
 
-def _at(raw: Any, path: Path) -> Any:
+def _at(raw: Any, path: Keys) -> Any:
     for part in path:
         try:
             raw = raw[part]

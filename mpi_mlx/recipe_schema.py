@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mpi_mlx.recipe_fields import Bool, FilePath, Float, Int, Spec, Str, refuse
@@ -17,13 +17,21 @@ from mpi_mlx.recipe_stages import Stage
 class ModelSpec(Spec):
     """The base model. A bare text is short for ``{base: text}``."""
 
-    base: Str = Field(min_length=1, description="A hub id, a folder, or embedded:tiny.")
-    quantize: Literal[4, 8] | None = Field(None, description="Bits of the frozen base's weights; null: as stored.")
-    max_pixels: Int | None = Field(None, ge=1, description="Pixels an image is shrunk to; null: the model's own.")
+    base: Str = Field("embedded:tiny", min_length=1, description="A hub id, a folder, or embedded:tiny.")
+    quantize: Literal[4, 8] | None = Field(None, description="Bits of the base; null: as stored.")
+    max_pixels: Int | None = Field(None, ge=1, description="Of an image; null: the model's own.")
     init: Literal["weights", "random"] = Field("weights", description="random: only config.json is used.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Of the weights; null: float32 on CPU, else bfloat16."
     )
+
+    @field_validator("base")
+    @classmethod
+    def _folder(cls, base: str, info: ValidationInfo) -> str:
+        """Absolute, where it is a folder beside the recipe."""
+        folder = (info.context or {}).get("folder")
+        path = None if folder is None else Path(folder, base).expanduser().absolute()
+        return str(path) if path is not None and path.is_dir() else base
 
     @model_validator(mode="before")
     @classmethod
@@ -35,7 +43,7 @@ class LoraSpec(Spec):
     """The adapters. ``lora: null`` trains the model's own weights."""
 
     rank: Int = Field(16, ge=1, description="Rank of the update.")
-    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Scale: alpha/rank, rslora alpha/sqrt(rank).")
+    alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Over rank (rslora: its root): scale.")
     dropout: Float = Field(0.0, ge=0, lt=1, description="On the adapters' input while training.")
     targets: Str | list[Str] = Field(
         "all-linear", description="all-linear, or suffixes such as [q_proj, v_proj], or qualified names."
@@ -56,10 +64,10 @@ class BenchmarkData(Spec):
     """A built-in benchmark, generated from its seed."""
 
     benchmark: Literal["clevr_policy"] = Field(description="Its name.")
-    modality: Literal["text", "multimodal"] = Field("text", description="multimodal: the document has pictures.")
+    modality: Literal["text", "multimodal"] = Field("text", description="multimodal: illustrated document.")
     depth: Int = Field(3, ge=1, le=6, description="Decisions from the document's root to a reply.")
-    style: Literal["flat", "clevr"] = Field("flat", description="flat: for tiny models; clevr: shaded scenes.")
-    train: Int = Field(8, ge=0, description="Examples labelled with reasoning (cpt, sft).")
+    style: Literal["flat", "clevr"] = Field("flat", description="flat: for tiny models; clevr: shaded.")
+    train: Int = Field(8, ge=0, description="Examples labelled with reasoning.")
     rl: Int | None = Field(None, ge=1, description="Examples with answers only; null: the train split.")
     validation: Int = Field(100, ge=0, description="Held-out examples to watch.")
     test: Int = Field(500, ge=0, description="Held-out examples to report.")
@@ -71,6 +79,7 @@ class BenchmarkData(Spec):
     )
     wording: Literal["compact", "natural", "mixed"] = Field("natural", description="Of the document.")
     max_objects: Int = Field(5, ge=1, le=9, description="Objects of a scene, at most.")
+    clevr_limit: Int | None = Field(None, ge=1, description="Pictures read of each of its splits; null: all.")
     clevr_root: FilePath | None = Field(None, description="A CLEVR v1.0 folder whose pictures to use.")
 
 
@@ -78,8 +87,8 @@ class OwnData(Spec):
     """One's own files; paths are relative to the recipe and become absolute when it is loaded."""
 
     document: FilePath | None = Field(None, description="The policy document: a Markdown file or a folder.")
-    train: FilePath | None = Field(None, description="JSONL labelled with answers, perhaps reasoning (cpt, sft).")
-    rl: FilePath | None = Field(None, description="JSONL of prompts with answers to check; null: train.")
+    train: FilePath | None = Field(None, description="JSONL with answers and perhaps reasoning.")
+    rl: FilePath | None = Field(None, description="JSONL with answers to check; null: train.")
     validation: FilePath | None = Field(None, description="JSONL of held-out examples to watch.")
     test: FilePath | None = Field(None, description="JSONL of held-out examples to report.")
 
@@ -119,28 +128,47 @@ class Recipe(Spec):
     """One experiment. ``load_recipe`` makes it; everything left out is filled in."""
 
     model: ModelSpec = Field(description="The base model.")
-    lora: LoraSpec | None = Field(default_factory=LoraSpec, description="The adapters; null: train all weights.")
+    lora: LoraSpec | None = Field(default_factory=LoraSpec, description="Adapters; null: train all weights.")
     data: Data | None = Field(None, description="A benchmark or one's own files; null only to pretrain.")
-    stages: list[Stage] = Field(description="What is done, in this order.")
-    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="What is measured, and when.")
+    stages: list[Stage] = Field(min_length=1, description="What is done, in this order.")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="What is measured, when.")
     logging: LoggingSpec = Field(default_factory=LoggingSpec, description="Where metrics go.")
-    output: Str = Field("runs/recipe", min_length=1, description="The run's folder. Default: runs/ and its name.")
+    output: Str = Field("runs/recipe", min_length=1, description="The run's folder. Default: runs/NAME.")
     seed: Int = Field(0, ge=0, description="Of everything drawn while training.")
     processes: Int = Field(1, ge=1, description="Data-parallel processes on this machine; 1: none.")
 
+    # Where it came from: known to load_recipe, no part of the recipe.
     _folder: Path = PrivateAttr(default_factory=Path)
+    _source: str = PrivateAttr("recipe.yaml")
+    _name: str = PrivateAttr("recipe")
+    _command: str = PrivateAttr("mpi-mlx train recipe.yaml")
 
     @property
     def folder(self) -> Path:
-        """The folder of the recipe's file; not part of the recipe."""
+        """The folder of the recipe's file, absolute."""
         return self._folder
 
     @property
-    def stage_names(self) -> tuple[str, ...]:
-        """One name a stage, a repeated kind with a number: cpt, sft, rl, rl_2."""
+    def source(self) -> str:
+        """The file or shipped name, as it was given."""
+        return self._source
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix; the folder's for a ``recipe.yaml``."""
+        return self._name
+
+    @property
+    def command(self) -> str:
+        """What trains it, to be typed from the same folder."""
+        return self._command
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One name a stage, numbers where a kind is repeated: cpt, rl1, rl2."""
         kinds = [stage.stage for stage in self.stages]
-        counts = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
-        return tuple(k if n == 1 else f"{k}_{n}" for k, n in zip(kinds, counts, strict=True))
+        numbers = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
+        return tuple(k if kinds.count(k) == 1 else f"{k}{n}" for k, n in zip(kinds, numbers, strict=True))
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; ``load_recipe`` reads it back the same."""
@@ -157,14 +185,17 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _resolve(self):
+        only_pretrains = all(stage.stage == "pretrain" for stage in self.stages)
+        if only_pretrains and "lora" not in self.model_fields_set:
+            object.__setattr__(self, "lora", None)
         tested = bool(self.data is not None and self.data.test)
-        self.evaluation._fill(after=["base", *self.stage_names] if tested else [])
+        self.evaluation._fill(after=["base", *self.labels] if tested else [])
         refuse(_contradictions(self, tested))
         return self
 
 
 def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
-    known = ("base", *recipe.stage_names)
+    known = ("base", *recipe.labels)
     problems: list[tuple[str, str]] = []
     for i, name in enumerate(recipe.evaluation.after):
         if name not in known:
@@ -174,8 +205,12 @@ def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
     trained = [s.stage for s in recipe.stages if s.stage != "pretrain"]
     if recipe.data is None and trained:
         problems.append(("data", f"missing; stage {trained[0]} needs a benchmark or your own files"))
-    if recipe.lora is None and recipe.model.quantize and recipe.stages:
-        problems.append(("lora", "quantized weights cannot be trained; give adapters, or model.quantize: null"))
+    if len(trained) == len(recipe.stages) and recipe.lora is None:
+        problems.append(("lora", "null is for pretrain stages only; leave it out, or give a rank"))
+    if not trained and recipe.lora is not None:
+        problems.append(("lora", "pretrain stages train all weights; set it to null"))
+    if len(trained) < len(recipe.stages) and recipe.model.quantize:
+        problems.append(("model.quantize", "quantized weights cannot be pretrained; set it to null"))
     for i, stage in enumerate(recipe.stages):
         problems += [(f"stages.{i}.{path}", said) for path, said in _stage_needs(stage, recipe)]
     return problems
@@ -204,9 +239,10 @@ def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
             needs.append(("document_fraction", "needs a document; set data.document, or 0"))
         if stage.validate_every and not data.validation:
             needs.append(("validate_every", "needs held-out examples; set data.validation, or 0"))
-    if stage.stage == "rl" and recipe.lora is None:
+    if stage.stage == "rl" and any(other.stage == "pretrain" for other in recipe.stages):  # so no adapters
         if stage.kl_coef:
-            needs.append(("kl_coef", "the reference is the model without adapters; give lora, or set it to 0"))
+            needs.append(("kl_coef", "no reference beside pretrain stages; set it to 0"))
         if stage.policy_aware and stage.policy_aware_sampler == "reference":
-            needs.append(("policy_aware_sampler", "the reference is the model without adapters; give lora, or model"))
+            said = "no reference beside pretrain stages; set it to model"
+            needs.append(("policy_aware_sampler", said))
     return needs

@@ -22,7 +22,7 @@ Depth = Annotated[
 
 
 class _Reward(Spec):
-    weight: Float = Field(1.0, allow_inf_nan=False, description="What the total counts it by; may be negative.")
+    weight: Float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; may be negative.")
 
 
 class ExactMatchReward(_Reward):
@@ -84,7 +84,13 @@ class FunctionReward(_Reward):
 
 
 Reward = Annotated[
-    ExactMatchReward | FormatReward | RegexReward | ToolCallReward | JsonReward | TraceReward | FunctionReward,
+    ExactMatchReward
+    | FormatReward
+    | RegexReward
+    | ToolCallReward
+    | JsonReward
+    | TraceReward
+    | FunctionReward,
     Field(discriminator="kind"),
 ]
 
@@ -93,8 +99,8 @@ Reward = Annotated[
 
 
 class _Stage(Spec):
-    learning_rate: Float = Field(gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, the rest by AdamW.")
+    learning_rate: Float = Field(2.0e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on matrices, AdamW elsewhere.")
     weight_decay: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     warmup: Float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="The rate after warm-up.")
@@ -156,24 +162,25 @@ class RlStage(_Stage):
     stage: Literal["rl"] = Field(description="Reinforcement learning.")
     algorithm: Literal["grpo", "dapo", "dr_grpo"] = Field("grpo", description="Sets the defaults below.")
     steps: Int = Field(ge=1, description="Rollout batches.")
+    learning_rate: Float = Field(2.0e-5, gt=0, allow_inf_nan=False, description="Peak learning rate.")
     prompts: Int = Field(8, ge=1, description="Prompts a step.")
-    group_size: Int = Field(8, ge=1, description="Completions of each prompt, sampled without the document.")
-    policy_aware: Int = Field(0, ge=0, description="As many more sampled with the document in context.")
+    group_size: Int = Field(8, ge=1, description="Completions of a prompt, sampled without the document.")
+    policy_aware: Int = Field(0, ge=0, description="So many more, sampled with the document.")
     policy_aware_sampler: Literal["model", "reference"] = Field(
         "model", description="Who samples them; reference: adapters switched off."
     )
     importance_weight: Bool = Field(False, description="Weigh them by the true ratio to their sampler.")
     clip_low: Float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below 1 - clip_low.")
     clip_high: Float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default 0.2; dapo 0.28."
+        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low; dapo 0.28."
     )
-    kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference (k3).")
+    kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference.")
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
     top_p: Float = Field(1.0, gt=0, le=1, description="Sample among tokens of this probability in all.")
     max_completion_tokens: Int = Field(256, ge=1, description="Longest completion.")
     updates_per_rollout: Int = Field(1, ge=1, description="Optimizer updates on each step's rollouts.")
     aggregation: Literal["sequence", "token", "constant"] | None = Field(
-        None, description="Mean of sequence means, of tokens, or by a constant. grpo, dapo, dr_grpo: in this order."
+        None, description="What the loss is divided by. Default: grpo sequence, dapo token, dr_grpo constant."
     )
     scale_advantages: Bool | None = Field(
         None, description="Divide by the group's standard deviation. Default true; dr_grpo false."
@@ -181,13 +188,13 @@ class RlStage(_Stage):
     drop_constant: Bool | None = Field(
         None, description="Drop groups whose rewards are all alike. Default false; dapo true."
     )
-    refill: Bool | None = Field(None, description="Sample more prompts in their place. Default: dapo, if dropped.")
+    refill: Bool | None = Field(None, description="Sample others in their place. Default: dapo, if dropped.")
     max_refill: Int = Field(4, ge=1, description="Most rounds of refilling a step.")
-    overlong_buffer: Int = Field(0, ge=0, description="Last tokens within which length is punished; 0: never.")
-    sft_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of an SFT loss mixed in.")
+    overlong_buffer: Int = Field(0, ge=0, description="Last tokens, where length is punished; 0: none.")
+    sft_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of an SFT loss.")
     sft_batch_size: Int = Field(8, ge=1, description="Labelled rows a step for it.")
-    micro_tokens: Int = Field(8192, ge=1, description="Tokens scored in one forward, at most (or one group).")
-    document_fraction: Float = Field(0.0, ge=0, le=1, description="Share of sft_coef's rows with the document.")
+    micro_tokens: Int = Field(8192, ge=1, description="Tokens of a forward, at most (or one group).")
+    document_fraction: Float = Field(0.0, ge=0, le=1, description="As in sft, for sft_coef.")
     reasoning: Bool = Field(True, description="Whether completions are to hold a trace.")
     rewards: list[Reward] = Field(
         default_factory=lambda: [
@@ -203,7 +210,7 @@ class RlStage(_Stage):
         dapo = self.algorithm == "dapo"
         by_algorithm = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}
         self._fill(
-            clip_high=0.28 if dapo else 0.2,
+            clip_high=max(0.28, self.clip_low) if dapo else self.clip_low,
             aggregation=by_algorithm[self.algorithm],
             scale_advantages=self.algorithm != "dr_grpo",
             drop_constant=dapo,
@@ -217,11 +224,14 @@ class RlStage(_Stage):
         if self.algorithm == "dapo" and self.kl_coef > 0:
             problems.append(("kl_coef", "dapo has no KL term; set it to 0, or algorithm: grpo"))
         if self.group_size + self.policy_aware < 2:
-            problems.append(("group_size", "advantages need two completions; raise group_size or policy_aware"))
+            problems.append(("group_size", "a group needs two completions; raise group_size or policy_aware"))
+        if not any(reward.weight for reward in self.rewards):
+            problems.append(("rewards", "every weight is 0; give one of them weight"))
         if self.refill and not self.drop_constant:
             problems.append(("refill", "nothing to refill; set drop_constant: true as well"))
         if self.overlong_buffer >= self.max_completion_tokens:
-            problems.append(("overlong_buffer", f"must be below max_completion_tokens ({self.max_completion_tokens})"))
+            longest = self.max_completion_tokens
+            problems.append(("overlong_buffer", f"must be below max_completion_tokens ({longest})"))
         return problems
 
 
@@ -233,7 +243,8 @@ class PretrainStage(_Stage):
     stage: Literal["pretrain"] = Field(description="Training from random weights on generated rows.")
     steps: Int = Field(ge=1, description="Optimizer steps.")
     batch_size: Int = Field(16, ge=1, description="Rows a step, of all processes together.")
-    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: matrices by Muon, the rest by AdamW.")
+    learning_rate: Float = Field(0.012, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: on matrices, AdamW elsewhere.")
     tasks: dict[Task, Annotated[Float, Field(ge=0, allow_inf_nan=False)]] = Field(
         min_length=1, description="Share of each kind of row."
     )
@@ -250,8 +261,8 @@ class PretrainStage(_Stage):
 
     def _contradictions(self) -> list[tuple[str, str]]:
         shares = {"tasks": self.tasks, "depths": self.depths}
-        zero = [(name, "one share must be above 0") for name, value in shares.items() if not sum(value.values())]
-        return super()._contradictions() + zero
+        empty = [name for name, value in shares.items() if not sum(value.values())]
+        return super()._contradictions() + [(name, "one share must be above 0") for name in empty]
 
 
 Stage = Annotated[CptStage | SftStage | RlStage | PretrainStage, Field(discriminator="stage")]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mpi_mlx.errors import RecipeError
 
-Path = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
+FILES = ("document", "train", "rl", "validation", "test", "clevr_root")  # of a `data` block
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,15 +32,16 @@ class Document:
 
     def __init__(self, text: str, name: str):
         self.name = name
-        self.places: dict[Path, str] = {(): f"{name}:1"}
+        self.places: dict[Keys, str] = {(): f"{name}:1"}
         self.errors: list[str] = []
         self.raw: Any = self._read(text, (), lambda line: f"{name}:{line}")
         if self.raw is None:
             self.raw = {}
         if not isinstance(self.raw, dict):
-            raise RecipeError(f"{name}:1: a recipe is a mapping (model: ..., stages: ...), found {_kind(self.raw)}")
+            found = _kind(self.raw)
+            raise RecipeError(f"{name}:1: a recipe is a mapping (model: ..., stages: ...), found {found}")
 
-    def place(self, path: Path) -> str:
+    def place(self, path: Keys) -> str:
         """Of the value at ``path``, or of the nearest mapping around it that is there."""
         while path not in self.places:
             path = path[:-1]
@@ -48,7 +51,7 @@ class Document:
         """Applies ``stages.1.steps=50``; the value is YAML. Adds to ``errors`` what cannot be done."""
         place = f"--set {change}"
         dotted, equals, text = change.partition("=")
-        path: Path = tuple(int(part) if part.isdigit() else part for part in dotted.strip().split("."))
+        path = self._numbered(tuple(int(p) if p.isdigit() else p for p in dotted.strip().split(".")))
         if not equals or "" in path:
             self.errors.append(f"{place}: write path=value, such as stages.1.steps=50")
             return
@@ -64,9 +67,24 @@ class Document:
         last = path[-1]
         if isinstance(parent, dict) and path[0] == "stages" and last in ("steps", "epochs"):
             parent.pop("epochs" if last == "steps" else "steps", None)  # one replaces the other
-        parent[last] = self._read(text, path, lambda _: place)
+        parent[last] = _from_here(path, self._read(text, path, lambda _: place))
 
-    def _inside(self, parent: Any, path: Path, part: str | int, place: str) -> Any:
+    def _numbered(self, path: Keys) -> Keys:
+        """``stages.rl`` and ``rewards.format`` by their number, where there is one such."""
+        found, out = self.raw, []
+        for part in path:
+            if isinstance(found, list) and isinstance(part, str):
+                kinds = [item.get("stage", item.get("kind")) for item in found if isinstance(item, dict)]
+                if len(kinds) == len(found) and kinds.count(part) == 1:
+                    part = kinds.index(part)
+            out.append(part)
+            try:
+                found = found[part]
+            except (KeyError, IndexError, TypeError):
+                found = None
+        return tuple(out)
+
+    def _inside(self, parent: Any, path: Keys, part: str | int, place: str) -> Any:
         """The mapping or list at ``path`` on the way to a value; made where there is none."""
         if not self._reachable(parent, path, place):
             return None
@@ -78,7 +96,7 @@ class Document:
             self.places[path] = place
         return found
 
-    def _reachable(self, parent: Any, path: Path, place: str) -> bool:
+    def _reachable(self, parent: Any, path: Keys, place: str) -> bool:
         above, part = ".".join(map(str, path[:-1])), path[-1]
         if isinstance(parent, dict):
             return True
@@ -86,14 +104,15 @@ class Document:
             self.errors.append(f"{place}: {above} is {_kind(parent)}; it has no {part!r}")
         elif not isinstance(part, int) or part >= len(parent):
             allowed = f"0 to {len(parent) - 1}" if parent else "none, the list is empty"
-            self.errors.append(f"{place}: {above} has no item {part}; allowed: {allowed}")
+            which = f"item {part}" if isinstance(part, int) else f"single {part!r}"
+            self.errors.append(f"{place}: {above} has no {which}; allowed: {allowed}")
         else:
             return True
         return False
 
     # ---- reading
 
-    def _read(self, text: str, path: Path, at) -> Any:
+    def _read(self, text: str, path: Keys, at) -> Any:
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -111,7 +130,7 @@ class Document:
     def _broken(self, place: str, why: str) -> None:
         raise RecipeError(f"{place}: not valid YAML: {' '.join(why.split())}")
 
-    def _build(self, loader: _Loader, node: yaml.Node, path: Path, at) -> Any:
+    def _build(self, loader: _Loader, node: yaml.Node, path: Keys, at) -> Any:
         self.places.setdefault(path, at(node.start_mark.line + 1))
         if isinstance(node, yaml.SequenceNode):
             return [self._build(loader, item, (*path, i), at) for i, item in enumerate(node.value)]
@@ -126,11 +145,13 @@ class Document:
             built[key] = self._build(loader, value_node, (*path, key), at)
         return built
 
-    def _refuse_duplicates(self, loader: _Loader, node: yaml.MappingNode, path: Path, at) -> None:
+    def _refuse_duplicates(self, loader: _Loader, node: yaml.MappingNode, path: Keys, at) -> None:
         first: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: own keys override what it brings
+                continue
             key, line = self._key(loader, key_node), key_node.start_mark.line + 1
-            if key in first and key_node.tag != "tag:yaml.org,2002:merge":
+            if key in first:
                 dotted = ".".join(map(str, (*path, key)))
                 self.errors.append(f"{at(line)}: {dotted}: given twice, first on line {first[key]}; keep one")
             first.setdefault(key, line)
@@ -148,6 +169,20 @@ def read_document(text: str, name: str, changes: Sequence[str] = ()) -> Document
     for change in changes:
         document.set(change)
     return document
+
+
+def _from_here(path: Keys, value: Any) -> Any:
+    """Files named on the command line are relative to where it is typed, not to the recipe."""
+    if isinstance(value, dict):
+        return {key: _from_here((*path, key), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_from_here((*path, i), inner) for i, inner in enumerate(value)]
+    file = path[:1] == ("data",) and path[-1] in FILES
+    if path in (("model",), ("model", "base")) and isinstance(value, str) and Path(value).is_dir():
+        return str(Path(value).absolute())
+    if isinstance(value, str) and (file or path[-1] == "function"):
+        return str(Path(value).expanduser().absolute())
+    return value
 
 
 def _kind(value: Any) -> str:
