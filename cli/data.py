@@ -102,7 +102,7 @@ def check(
     from mpi_mlx.errors import DataError
 
     source = read_source(path)
-    report = check_dataset(source.dataset)
+    report = check_dataset(source.dataset, whole=path.suffix not in (".jsonl", ".json"))
     rows = source.dataset.splits.get(split)
     if rows is None:
         raise DataError(f"--split {split}: expected train, rl, validation or test")
@@ -190,9 +190,9 @@ def _show(report, lengths: dict, dataset, model) -> None:
     console.print(table)
     sampled = any(found.examples > lengths[found.name]["of"] for found in report.splits)
     on = f"; on {MEASURED} examples a split" if sampled else ""
-    console.print(f"prompt, completion: tokens of {model.base}, mean / longest{on}")
+    console.print(f"prompt, completion: tokens of {model.base}, mean / longest{on}", soft_wrap=True)
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
 
 
 def _sheet_path(path: Path) -> Path:

@@ -68,8 +68,11 @@ def read_source(path: str | Path, *, thorough: bool = True) -> Source:
     return Source(load_dataset(recipe.data, recipe.folder, thorough=thorough), recipe)
 
 
-def check_dataset(dataset: Dataset) -> CheckReport:
-    """Facts and warnings; the files themselves were checked when they were read."""
+def check_dataset(dataset: Dataset, *, whole: bool = True) -> CheckReport:
+    """Facts and warnings; the files themselves were checked when they were read.
+
+    ``whole``: this is all there is, so that a missing document is worth a warning.
+    """
     splits = {name: rows for name, rows in dataset.splits.items() if rows}
     if splits.get("rl") == dataset.train:
         splits.pop("rl", None)
@@ -77,7 +80,7 @@ def check_dataset(dataset: Dataset) -> CheckReport:
     warnings = _overlaps(splits)
     for found in facts:
         warnings += _split_warnings(found, splits[found.name])
-    if dataset.document is None:
+    if whole and dataset.document is None:
         warnings.append("no document: only sft without it, and rl without policy-aware rollouts, can run")
     return CheckReport(facts, tuple(warnings))
 
