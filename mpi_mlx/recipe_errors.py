@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ _ALLOWED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
-    "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a mapping (key: value)",
     "model_type": "a mapping (key: value)",
     "model_attributes_type": "a mapping (key: value)",
@@ -70,6 +71,8 @@ def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
     found: list[tuple[Keys, str]] = []
     for error in errors:
         path = _path(error["loc"])
+        if error["type"] == "too_short" and error["input"]:  # only because its bad items do not count
+            continue
         if error["type"] == "contradiction":
             for dotted, said in error["ctx"]["problems"]:
                 inner = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
@@ -80,6 +83,45 @@ def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
     kept = [(p, s) for p, s in found if not (s.startswith("missing") and str(p[-1]) + str(p[:-1]) in guessed)]
     lines = [f"{document.place(path)}: {'.'.join(map(str, path)) or 'recipe'}: {said}" for path, said in kept]
     return sorted({*document.errors, *lines}, key=_by_line)
+
+
+def mended(raw: dict, errors: Sequence[dict]) -> tuple[dict, set[Keys]]:
+    """``raw`` without its wrong values and with misspelt keys put right; the paths of what was left out.
+
+    Contradictions are looked for where all values are right: in this copy the rest of them shows.
+    """
+    raw, gone = copy.deepcopy(raw), set()
+    for error in errors:
+        path = _path(error["loc"])
+        while path and not isinstance(_at(raw, path[:-1]), dict):
+            path = path[:-1]
+        owner = _at(raw, path[:-1])
+        if not path or path == ("stages",) or error["type"] == "missing" or path[-1] not in owner:
+            continue
+        if error["type"] == "contradiction" or error["type"].startswith("union_tag"):
+            continue
+        value = owner.pop(path[-1])
+        if error["type"] == "extra_forbidden":
+            near = get_close_matches(str(path[-1]), [k for k in fields_of(path[:-1], raw) if k not in owner], 1)
+            if near:
+                owner[near[0]] = value
+        else:
+            gone.add(path)
+    return raw, gone
+
+
+def stands(error: dict, gone: set[Keys]) -> dict | None:
+    """A contradiction of a mended recipe, without those problems that may be due to what was left out."""
+    if error["type"] != "contradiction":
+        return None
+    outer = _path(error["loc"])
+    kept = []
+    for dotted, said in error["ctx"]["problems"]:
+        path = (*outer, *(int(part) if part.isdigit() else part for part in dotted.split(".")))
+        named = {".".join(map(str, g[-2:])) for g in gone} | {str(g[-1]) for g in gone}
+        if not any(g[:-1] == path[:-1] for g in gone) and not any(name in said for name in named):
+            kept.append((dotted, said))
+    return {**error, "ctx": {**error["ctx"], "problems": kept}}
 
 
 def _by_line(line: str) -> tuple:
@@ -128,6 +170,9 @@ def _unknown(path: Keys, raw: Any) -> str:
     elsewhere = _ELSEWHERE.get((owner.get("stage") if isinstance(owner, dict) else None, path[-1]))
     if elsewhere:
         return f"unknown key here: {elsewhere}"
+    others = [kind for kind, spec in STAGES.items() if path[-1] in spec.model_fields]
+    if path[0] == "stages" and len(path) == 3 and others:
+        return f"unknown key here: only {' and '.join(others)} {'has' if len(others) == 1 else 'have'} it"
     return f"unknown key{_guess(path[-1], known) or '; allowed: ' + ', '.join(known)}"
 
 

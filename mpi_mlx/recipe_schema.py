@@ -45,7 +45,7 @@ class LoraSpec(Spec):
     rank: Int = Field(16, ge=1, description="Rank of the update.")
     alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Over rank (rslora: its root): scale.")
     dropout: Float = Field(0.0, ge=0, lt=1, description="On the adapters' input while training.")
-    targets: Str | list[Str] = Field(
+    targets: Str | tuple[Str, ...] = Field(
         "all-linear", description="all-linear, or suffixes such as [q_proj, v_proj], or qualified names."
     )
     kind: Literal["lora", "rslora", "dora"] = Field("lora", description="The kind of adapter.")
@@ -54,8 +54,8 @@ class LoraSpec(Spec):
     @field_validator("targets", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        names = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
-        if value != "all-linear" and not names:
+        names = value if isinstance(value, (list, tuple)) else ()
+        if value != "all-linear" and not (names and all(isinstance(n, str) and n for n in names)):
             raise PydanticCustomError("targets", "all-linear, or a list of layers such as [q_proj, v_proj]")
         return value
 
@@ -74,8 +74,8 @@ class BenchmarkData(Spec):
     seed: Int = Field(7, ge=0, description="Of scenes and document: same seed, same bytes.")
     document_seed: Int | None = Field(None, ge=0, description="Of the document alone; null: seed.")
     image_size: Int | None = Field(None, ge=28, description="Side in pixels; null: 84 flat, 448 clevr.")
-    conditions: list[Literal["exists", "count", "relation"]] = Field(
-        default_factory=lambda: ["exists"], min_length=1, description="What the document asks about a scene."
+    conditions: tuple[Literal["exists", "count", "relation"], ...] = Field(
+        ("exists",), min_length=1, description="What the document asks about a scene."
     )
     wording: Literal["compact", "natural", "mixed"] = Field("natural", description="Of the document.")
     max_objects: Int = Field(5, ge=1, le=9, description="Objects of a scene, at most.")
@@ -110,7 +110,7 @@ class EvaluationSpec(Spec):
     """What is measured on the test split, and when."""
 
     batch_size: Int = Field(64, ge=1, description="Prompts decoded together.")
-    after: list[Str] | None = Field(None, description="base and names of stages. Default: all of them.")
+    after: tuple[Str, ...] | None = Field(None, description="base and names of stages. Default: all of them.")
     max_completion_tokens: Int = Field(160, ge=1, description="Longest answer.")
     samples: Int | None = Field(None, ge=1, description="Test examples used; null: all.")
     with_document: Bool = Field(True, description="Measure with the document in context, too.")
@@ -130,7 +130,7 @@ class Recipe(Spec):
     model: ModelSpec = Field(description="The base model.")
     lora: LoraSpec | None = Field(default_factory=LoraSpec, description="Adapters; null: train all weights.")
     data: Data | None = Field(None, description="A benchmark or one's own files; null only to pretrain.")
-    stages: list[Stage] = Field(min_length=1, description="What is done, in this order.")
+    stages: tuple[Stage, ...] = Field(min_length=1, description="What is done, in this order.")
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="What is measured, when.")
     logging: LoggingSpec = Field(default_factory=LoggingSpec, description="Where metrics go.")
     output: Str = Field("runs/recipe", min_length=1, description="The run's folder. Default: runs/NAME.")
@@ -189,7 +189,7 @@ class Recipe(Spec):
         if only_pretrains and "lora" not in self.model_fields_set:
             object.__setattr__(self, "lora", None)
         tested = bool(self.data is not None and self.data.test)
-        self.evaluation._fill(after=["base", *self.labels] if tested else [])
+        self.evaluation._fill(after=("base", *self.labels) if tested else ())
         refuse(_contradictions(self, tested))
         return self
 
@@ -202,6 +202,9 @@ def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
             problems.append((f"evaluation.after.{i}", f'found "{name}", allowed: {", ".join(known)}'))
     if recipe.evaluation.after and not tested:
         problems.append(("evaluation.after", "nothing to evaluate on; set data.test, or after: []"))
+    data = recipe.data
+    if isinstance(data, BenchmarkData) and data.clevr_root and "relation" in data.conditions:
+        problems.append(("data.conditions", "relation cannot be asked of CLEVR's own pictures; leave it out"))
     trained = [s.stage for s in recipe.stages if s.stage != "pretrain"]
     if recipe.data is None and trained:
         problems.append(("data", f"missing; stage {trained[0]} needs a benchmark or your own files"))
@@ -235,7 +238,7 @@ def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
             needs.append(("sft_coef", "needs labelled examples; set data.train"))
         if stage.stage == "rl" and stage.policy_aware and not document:
             needs.append(("policy_aware", "needs a document; set data.document, or policy_aware: 0"))
-        if stage.stage != "cpt" and stage.document_fraction and not document:
+        if getattr(stage, "document_fraction", 0) and not document:
             needs.append(("document_fraction", "needs a document; set data.document, or 0"))
         if stage.validate_every and not data.validation:
             needs.append(("validate_every", "needs held-out examples; set data.validation, or 0"))

@@ -67,7 +67,7 @@ class JsonReward(_Reward):
     """The answer is JSON; with keys, the share of them that it has."""
 
     kind: Literal["json"] = Field(description="The answer is JSON.")
-    keys: list[Str] = Field(default_factory=list, description="Keys that the object should have.")
+    keys: tuple[Str, ...] = Field((), description="Keys that the object should have.")
 
 
 class TraceReward(_Reward):
@@ -109,10 +109,9 @@ class _Stage(Spec):
         1.0, ge=0, allow_inf_nan=False, description="Limit of the gradients' global L2 norm; 0: none."
     )
     gradient_checkpointing: Bool = Field(False, description="Less memory, a third more time.")
-    save_every: Int = Field(50, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    save_every: Int = Field(50, ge=1, description="Steps between checkpoints.")
     validate_every: Int = Field(0, ge=0, description="Steps between looks at the validation set; 0: never.")
     patience: Int = Field(0, ge=0, description="Validations without progress before stopping; 0: never stop.")
-    max_tokens: Int | None = Field(None, ge=1, description="Longest sequence allowed; null: any.")
 
     def _contradictions(self) -> list[tuple[str, str]]:
         if self.patience and not self.validate_every:
@@ -130,8 +129,8 @@ class _LabelledStage(_Stage):
     epochs: Float | None = Field(None, gt=0, allow_inf_nan=False, description="Passes over the train split.")
     batch_size: Int = Field(16, ge=1, description="Rows of a forward.")
     accumulate: Int = Field(1, ge=1, description="Forwards of a step.")
-    document_fraction: Float = Field(0.0, ge=0, le=1, description="Share of rows with the document (sft).")
     reasoning: Bool = Field(True, description="Whether the trace before the answer is trained.")
+    max_tokens: Int | None = Field(None, ge=1, description="Longest sequence allowed; null: any.")
 
     def _contradictions(self) -> list[tuple[str, str]]:
         problems = super()._contradictions()
@@ -152,6 +151,7 @@ class SftStage(_LabelledStage):
     """Supervised fine-tuning without the document."""
 
     stage: Literal["sft"] = Field(description="Supervised fine-tuning.")
+    document_fraction: Float = Field(0.0, ge=0, le=1, description="Share of rows with the document.")
 
 
 class RlStage(_Stage):
@@ -170,9 +170,11 @@ class RlStage(_Stage):
         "model", description="Who samples them; reference: adapters switched off."
     )
     importance_weight: Bool = Field(False, description="Weigh them by the true ratio to their sampler.")
-    clip_low: Float = Field(0.2, gt=0, lt=1, description="The ratio is clipped below 1 - clip_low.")
+    clip_low: Float | None = Field(
+        None, gt=0, lt=1, description="The ratio is clipped below 1 - clip_low. Default: clip_high, else 0.2."
+    )
     clip_high: Float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low; dapo 0.28."
+        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low, else 0.2; dapo 0.28."
     )
     kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference.")
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
@@ -195,12 +197,10 @@ class RlStage(_Stage):
     sft_batch_size: Int = Field(8, ge=1, description="Labelled rows a step for it.")
     micro_tokens: Int = Field(8192, ge=1, description="Tokens of a forward, at most (or one group).")
     document_fraction: Float = Field(0.0, ge=0, le=1, description="As in sft, for sft_coef.")
+    max_tokens: Int | None = Field(None, ge=1, description="As in sft, for sft_coef.")
     reasoning: Bool = Field(True, description="Whether completions are to hold a trace.")
-    rewards: list[Reward] = Field(
-        default_factory=lambda: [
-            ExactMatchReward(kind="exact_match", weight=1.0),
-            FormatReward(kind="format", weight=0.1),
-        ],
+    rewards: tuple[Reward, ...] = Field(
+        (ExactMatchReward(kind="exact_match", weight=1.0), FormatReward(kind="format", weight=0.1)),
         min_length=1,
         description="What a completion earns: a weighted sum.",
     )
@@ -209,6 +209,7 @@ class RlStage(_Stage):
     def _resolve(self):
         dapo = self.algorithm == "dapo"
         by_algorithm = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}
+        self._fill(clip_low=min(0.2, self.clip_high or 0.2) if dapo else self.clip_high or 0.2)
         self._fill(
             clip_high=max(0.28, self.clip_low) if dapo else self.clip_low,
             aggregation=by_algorithm[self.algorithm],
@@ -221,6 +222,14 @@ class RlStage(_Stage):
 
     def _contradictions(self) -> list[tuple[str, str]]:
         problems = super()._contradictions()
+        if self.clip_low > self.clip_high:
+            said = f"found {self.clip_low:g}, allowed: clip_high ({self.clip_high:g}) or less"
+            problems.append(("clip_low", said))
+        elif self.clip_low != self.clip_high and self.algorithm != "dapo":
+            said = f"{self.algorithm} clips both sides alike; set it to clip_low, or algorithm: dapo"
+            problems.append(("clip_high", said))
+        if self.importance_weight and not self.policy_aware:
+            problems.append(("importance_weight", "weighs policy-aware completions; set policy_aware"))
         if self.algorithm == "dapo" and self.kl_coef > 0:
             problems.append(("kl_coef", "dapo has no KL term; set it to 0, or algorithm: grpo"))
         if self.group_size + self.policy_aware < 2:
@@ -262,7 +271,10 @@ class PretrainStage(_Stage):
     def _contradictions(self) -> list[tuple[str, str]]:
         shares = {"tasks": self.tasks, "depths": self.depths}
         empty = [name for name, value in shares.items() if not sum(value.values())]
-        return super()._contradictions() + [(name, "one share must be above 0") for name in empty]
+        problems = super()._contradictions() + [(name, "one share must be above 0") for name in empty]
+        if self.validate_every:
+            problems.append(("validate_every", "pretrain has no validation; leave it out"))
+        return problems
 
 
 Stage = Annotated[CptStage | SftStage | RlStage | PretrainStage, Field(discriminator="stage")]

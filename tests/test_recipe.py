@@ -98,7 +98,7 @@ def test_shipped_names(tmp_path, monkeypatch):
 def test_a_round_trip_keeps_small_numbers_and_integer_keys(put):
     stage = "{stage: pretrain, steps: 3, learning_rate: 1e-12, tasks: {ask: 1}, depths: {1: 0.5, 2: 1}}"
     recipe = load_recipe(put(text=f"model: m\nstages: [{stage}]\n"))
-    assert recipe.lora is None and recipe.data is None and recipe.evaluation.after == []
+    assert recipe.lora is None and recipe.data is None and recipe.evaluation.after == ()
     assert recipe.stages[0].depths == {1: 0.5, 2: 1.0}
     assert parse_recipe(recipe.to_yaml()).model_dump() == recipe.model_dump()
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == Recipe.model_validate(recipe.model_dump())
@@ -107,7 +107,7 @@ def test_a_round_trip_keeps_small_numbers_and_integer_keys(put):
 def test_defaults_left_out_stay_out_of_what_was_set(put):
     raw = load_recipe(put()).model_dump(exclude_unset=True)
     assert "clip_high" not in raw["stages"][2] and "drop_constant" not in raw["stages"][2]
-    assert raw["evaluation"] == {"batch_size": 64, "after": ["base", "cpt", "sft", "rl"]}
+    assert raw["evaluation"] == {"batch_size": 64, "after": ("base", "cpt", "sft", "rl")}
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_an_algorithm_sets_what_is_not_given(put, said, expected):
 
 def test_labels_number_repeated_stages_and_evaluation_takes_them(put):
     text = "model: m\ndata: {benchmark: clevr_policy}\nstages: [{stage: sft, steps: 1}, {stage: sft, steps: 2}]"
-    assert load_recipe(put(text=text)).evaluation.after == ["base", "sft1", "sft2"]
-    assert load_recipe(put(text=OWN)).evaluation.after == []  # nothing to test on
+    assert load_recipe(put(text=text)).evaluation.after == ("base", "sft1", "sft2")
+    assert load_recipe(put(text=OWN)).evaluation.after == ()  # nothing to test on
 
 
 def test_own_paths_are_the_recipe_s_and_those_of_overrides_are_from_here(put, tmp_path):
@@ -175,7 +175,7 @@ def test_overrides(put):
     ]  # fmt: skip
     recipe = load_recipe(put(), changes, output="there/run 1")
     assert (recipe.stages[1].steps, recipe.stages[1].epochs) == (50, None)
-    assert recipe.stages[2].rewards[1].weight == 0.01 and recipe.lora.targets == ["q_proj"]
+    assert recipe.stages[2].rewards[1].weight == 0.01 and recipe.lora.targets == ("q_proj",)
     assert recipe.model.base == "some/hub-id" and recipe.output == "there/run 1"
     assert recipe.command.endswith("--set model.base=some/hub-id --output 'there/run 1'")
 
