@@ -64,11 +64,19 @@ class LiveView:
         )
 
     def __enter__(self) -> LiveView:
+        # rich's refreshing thread and a line printed meanwhile (also by way of sys.stderr) can interleave,
+        # which draws the view twice: one after the other.
+        def one_at_a_time(*arguments, **options) -> None:
+            with self.live._lock:
+                Console.print(self.console, *arguments, **options)
+
+        self.console.print = one_at_a_time
         self.live.__enter__()
         return self
 
     def __exit__(self, *problem) -> None:
         self.live.__exit__(*problem)
+        del self.console.print
         if self.state.finished is not None:
             show_end(self.console, self.state.finished)
         elif self.state.interrupted is not None:

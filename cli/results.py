@@ -68,7 +68,9 @@ def show_end(console: Console, finished) -> None:
     """The table, the files, the next command."""
     rows = list(finished.rows)
     if rows:
+        console.print()
         console.print(result_table(rows))
+        console.print()
     places = Table.grid(padding=(0, 2))
     places.add_column(style="dim")
     places.add_column(no_wrap=True, overflow="ignore")

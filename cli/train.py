@@ -43,6 +43,9 @@ def train_command(
 
         command = [sys.executable, "-m", "mpi_mlx_cli.main", *sys.argv[1:]]
         ended = launch(command, loaded.processes, error_variable=ERROR_FILE)
+        if ended.code != 0 and sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # the cursor, which a killed live view leaves hidden
+            sys.stdout.flush()
         if ended.error:
             say(ended.error)
         raise typer.Exit(ended.code)
@@ -110,8 +113,12 @@ def stop_on_interrupt(view) -> Iterator[Callable[[], None]]:
             signal.signal(signal.SIGINT, ask)
             taken = True
 
-    before = signal.signal(signal.SIGINT, quit_now)
+    def terminate(*_) -> None:  # through the views, which give the terminal back as it was
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, quit_now), signal.signal(signal.SIGTERM, terminate)
     try:
         yield take_over
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])

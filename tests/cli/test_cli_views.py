@@ -1,4 +1,5 @@
 import io
+import threading
 
 import fake_run
 from mpi_mlx_cli.live import BLOCKS, LiveView, render, sparkline
@@ -152,3 +153,16 @@ def test_result_table_fits_eighty_columns():
     rows = fake_run.row("base", False, 1.0), fake_run.row("base", True, 1.0, tokens=51234.0, prefill=12.3456)
     text = text_of(result_table(list(rows)), width=80)
     assert "…" not in text and "48 · 51,234" in text and "14.3 · 12345.6" in text
+
+
+def test_lines_printed_while_it_refreshes_do_not_draw_the_view_twice():
+    console = Console(width=80, height=40, file=io.StringIO(), force_terminal=True, force_interactive=True)
+    with LiveView(console) as view:
+        held = view.live._lock
+        with held:  # as the refreshing thread does while it draws
+            thread = threading.Thread(target=view.show, args=(r.Message("a line"),))
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive() and "a line" not in console.file.getvalue()
+        thread.join(5)
+    assert console.file.getvalue().count("a line") == 1 and "print" not in vars(console)
