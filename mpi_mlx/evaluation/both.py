@@ -74,20 +74,21 @@ def repeat_evaluation(
     recipe = load_recipe(str(run / "recipe.yaml"), overrides)
     if not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: no adapter yet; finish it with mpi-mlx train --resume")
-    dataset = load_dataset(recipe.data, run)
+    dataset = load_dataset(recipe.data, recipe.folder)
     if not dataset.test:
         raise DataError(f"{run}: the recipe has no test examples; set data.test")
     spec = recipe.model
     model = load_model(
-        spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, adapter=run / "adapter"
+        spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, dtype=spec.dtype, init=spec.init,
+        seed=recipe.seed, adapter=run / "adapter",
     )
     output = run / "repeat" if output is None else Path(output)
     options = {"spec": recipe.evaluation, "progress": progress}
     with model.adapters_disabled():
         rows = evaluate_both(output, model, dataset, label="base", **options)
-    last = recipe.stages[-1]
-    reasoning = getattr(last, "reasoning", True)
-    rows += evaluate_both(output, model, dataset, label=last.stage, reasoning=reasoning, **options)
+    reasoning = next((s.reasoning for s in recipe.stages if s.stage == "sft"), True)
+    last = recipe.stages[-1].stage
+    rows += evaluate_both(output, model, dataset, label=last, reasoning=reasoning, **options)
     return rows, write_report(output, evaluated(dataset, recipe.evaluation))
 
 

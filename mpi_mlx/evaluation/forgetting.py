@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
@@ -12,6 +13,7 @@ import numpy as np
 from mpi_mlx.training.losses import token_logprobs
 
 WINDOW = 512  # tokens a forward
+KNOWS_NOTHING = 2000.0  # language models stand far below this, models that never read prose far above
 
 
 @cache
@@ -53,12 +55,14 @@ def _log_likelihood(model, ids: np.ndarray) -> float:
     return token_logprobs(model.head if head is None else head, hidden, mx.array(ids[1:])).sum().item()
 
 
-def forgetting(before: float, after: float, vocabulary: int) -> dict[str, float] | None:
-    """Perplexities on general text of the base and of the trained model, and the rise (0.1: 10% higher).
+def forgetting(perplexities: Mapping[str, float]) -> dict[str, float] | None:
+    """``{"base": 20.1, "sft": 20.4, ...}`` -> before, after the last stage, and the rise (0.1: 10% higher).
 
-    None when the base itself does worse than guessing among its ``vocabulary``: a model that was never
-    taught such text (the embedded one) has nothing of it to forget.
+    None without both figures, and where the base itself knows nothing of such text (the embedded model): it
+    has nothing of it to forget.
     """
-    if before >= vocabulary:
+    trained = [value for label, value in perplexities.items() if label != "base"]
+    before = perplexities.get("base")
+    if before is None or not trained or before > KNOWS_NOTHING:
         return None
-    return {"perplexity_before": before, "perplexity_after": after, "rise": after / before - 1.0}
+    return {"perplexity_before": before, "perplexity_after": trained[-1], "rise": trained[-1] / before - 1.0}

@@ -142,18 +142,26 @@ def cell_recipe(base, cell: Cell, output: str):
         RecipeError: ``base`` lacks a stage that the variant needs, or a setting does not exist.
     """
     raw = base.model_dump(mode="json", exclude_unset=True)
-    known = {s["stage"]: s for s in reversed(raw["stages"])}
-    raw["stages"] = [_stage(change, known) for change in cell.variant.stages]
+    known: dict[str, dict] = {}
+    for stage in raw["stages"]:
+        known.setdefault(stage["stage"], stage)
+    if cell.variant.stages:  # base trains nothing and keeps the recipe's, unused
+        raw["stages"] = [_stage(change, known) for change in cell.variant.stages]
     raw["seed"] = cell.document
     if "benchmark" in raw["data"]:
         raw["data"]["seed"] = cell.document
         raw["data"].pop("document_seed", None)
     for key, value in cell.setting:
         _put(raw, key, value)
-    last = [raw["stages"][-1]["stage"]] if raw["stages"] else [BASE]
-    raw["evaluation"] = {**raw.get("evaluation", {}), "after": last}
+    raw["evaluation"] = {**raw.get("evaluation", {}), "after": [raw["stages"][-1]["stage"]]}
     raw["output"] = output
-    return type(base).model_validate(raw)
+    try:
+        recipe = type(base).model_validate(raw, context={"folder": base.folder})
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise RecipeError(f"ablation: {cell.folder} is not a recipe that can run: {said}") from None
+    recipe._folder = base.folder
+    return recipe
 
 
 def _stage(change: StageChange, known: Mapping[str, dict]) -> dict:
@@ -181,7 +189,7 @@ def _rl_changes(stage: dict, changes: dict) -> dict:
     elif not stage.get("policy_aware"):
         changes |= {"group_size": both - both // 2, "policy_aware": both // 2}
     if changes.get("algorithm", "grpo") != stage.get("algorithm", "grpo"):
-        for name in ("clip_low", "clip_high", "aggregation", "kl_coef"):
+        for name in ("clip_low", "clip_high", "aggregation", "kl_coef", "scale_advantages"):
             stage.pop(name, None)
     return changes
 

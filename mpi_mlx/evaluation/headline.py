@@ -49,8 +49,8 @@ def headline(rows: Sequence[dict]) -> str:
     return f"**{verdict}:** {found}{beside}; {name} earns {floor:.1%}. {_cost_says(rows)}".rstrip()
 
 
-def caveats(rows: Sequence[dict], forgetting: dict | None = None) -> list[str]:
-    """What a reader should know before trusting the model; empty when nothing stands out."""
+def caveats(rows: Sequence[dict], lost: dict | None = None) -> list[str]:
+    """What a reader should know before trusting the model; ``lost``: see :func:`forgetting.forgetting`."""
     final = final_row(rows)
     out = []
     if final is None:
@@ -73,9 +73,9 @@ def caveats(rows: Sequence[dict], forgetting: dict | None = None) -> list[str]:
         )
     if final["n"] < 100:
         out.append(f"Only {final['n']} examples were asked; intervals are wide.")
-    if forgetting and forgetting["rise"] > 0.10:
+    if lost and lost["rise"] > 0.10:
         out.append(
-            f"Perplexity on unrelated text rose by {forgetting['rise']:.0%}: something else was forgotten. "
+            f"Perplexity on unrelated text rose by {lost['rise']:.0%}: something else was forgotten. "
             "Train fewer steps, or with a lower learning rate or rank."
         )
     return out

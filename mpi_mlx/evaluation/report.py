@@ -8,11 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from mpi_mlx.atomic import atomic_write
+from mpi_mlx.atomic import atomic_write, write_text_atomic
 from mpi_mlx.data.completion import completion_text
 from mpi_mlx.data.examples import Example
 from mpi_mlx.documents.images import open_image
 from mpi_mlx.evaluation.figures import by_stage, draw_run_figures, load_metrics, stage_title
+from mpi_mlx.evaluation.forgetting import forgetting
 from mpi_mlx.evaluation.headline import caveats, final_row, headline
 from mpi_mlx.evaluation.results import load_predictions, load_results, results_path
 
@@ -47,15 +48,14 @@ def write_report(run: str | Path, examples: Sequence[Example] = ()) -> Path:
         *_details(run),
     ]
     text = "\n\n".join(block for block in blocks if block) + "\n"
-    with atomic_write(run / "report.md") as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    write_text_atomic(run / "report.md", text)
     return run / "report.md"
 
 
 def _summary(results: dict) -> list[str]:
     if not results["rows"]:
         return ["Not evaluated yet."]
-    warnings = caveats(results["rows"], results.get("forgetting"))
+    warnings = caveats(results["rows"], forgetting(results.get("perplexity", {})))
     return [headline(results["rows"]), "\n".join(f"> {w}" for w in warnings)]
 
 
@@ -112,11 +112,11 @@ def _stages(metrics: Sequence[dict], results: dict) -> list[str]:
     note = f"Training took {duration(total)}"
     asked = sum(r.get("seconds", 0.0) for r in results["rows"])
     note += f", the evaluations {duration(asked)}." if asked else "."
-    forgetting = results.get("forgetting")
-    if forgetting:
-        before, after = forgetting["perplexity_before"], forgetting["perplexity_after"]
+    lost = forgetting(results.get("perplexity", {}))
+    if lost:
+        before, after = lost["perplexity_before"], lost["perplexity_after"]
         note += f" Perplexity on unrelated text: {before:.2f} before, {after:.2f} after"
-        note += f" ({forgetting['rise']:+.1%})."
+        note += f" ({lost['rise']:+.1%})."
     return ["## Stages", "\n".join(lines), note]
 
 

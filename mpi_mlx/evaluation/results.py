@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpi_mlx.atomic import atomic_write, write_json_atomic
+from mpi_mlx.atomic import write_json_atomic, write_text_atomic
 from mpi_mlx.errors import CheckpointError
 
 
@@ -50,10 +50,8 @@ def record(run: str | Path, row: dict, predictions: Sequence[dict], **facts: Any
     run = Path(run)
     results = load_results(run) if results_path(run).is_file() else {"rows": []}
     kept = [p for p in load_predictions(run) if _key(p) != _key(row)]
-    results_path(run).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(predictions_path(run)) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in [*kept, *predictions])
+    lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in [*kept, *predictions]]
+    write_text_atomic(predictions_path(run), "".join(lines))
     rows, at = list(results["rows"]), [_key(r) for r in results["rows"]]
     if _key(row) in at:
         rows[at.index(_key(row))] = row
@@ -67,7 +65,6 @@ def record(run: str | Path, row: dict, predictions: Sequence[dict], **facts: Any
 def record_facts(run: str | Path, **facts: Any) -> dict:
     """Adds facts beside the rows."""
     results = load_results(run) if results_path(run).is_file() else {"rows": []}
-    results_path(run).parent.mkdir(parents=True, exist_ok=True)
     results = {**results, **facts}
     write_json_atomic(results_path(run), results)
     return results

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpi_mlx.atomic import atomic_write, write_json_atomic
+from mpi_mlx.atomic import write_json_atomic, write_text_atomic
 from mpi_mlx.evaluation.grid import CURVES, VARIANTS, sweep_setting
 from mpi_mlx.evaluation.metrics import Mean
 from mpi_mlx.evaluation.report import duration
@@ -57,8 +57,7 @@ def write_study(
     drawn = [f"![{_sweep_titles(k)[0]}](figures/{figures[k].name})" for k in sweeps if k in figures]
     if drawn:
         blocks += ["## Curves", *drawn]
-    with atomic_write(output / "ablation.md") as temporary:
-        Path(temporary).write_text("\n\n".join(b for b in blocks if b) + "\n", encoding="utf-8")
+    write_text_atomic(output / "ablation.md", "\n\n".join(b for b in blocks if b) + "\n")
     write_json_atomic(
         output / "ablation.json",
         {

@@ -136,5 +136,7 @@ def test_perplexity_counts_each_window_without_its_first_token(model):
 
 
 def test_forgetting_is_a_share():
-    assert forgetting(20.0, 22.0, 1000)["rise"] == pytest.approx(0.1)
-    assert forgetting(2000.0, 2200.0, 1000) is None
+    found = forgetting({"base": 20.0, "sft": 30.0, "rl": 22.0})
+    assert found["perplexity_after"] == 22.0 and found["rise"] == pytest.approx(0.1)
+    assert forgetting({"base": 1e6, "rl": 2e6}) is None
+    assert forgetting({"base": 20.0}) is None and forgetting({"rl": 20.0}) is None

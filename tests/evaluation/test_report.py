@@ -91,7 +91,7 @@ def test_a_whole_report(tmp_path):
     ]
     for r in rows(194):
         record(tmp_path, r, said if r["model"] == "rl" else [])
-    record_facts(tmp_path, forgetting={"perplexity_before": 10.0, "perplexity_after": 10.5, "rise": 0.05})
+    record_facts(tmp_path, perplexity={"base": 10.0, "rl": 10.5})
     steps = [
         {"stage": "rl", "stage_index": 0, "step": n, "loss": 0.0, "seconds": 9.0, "tokens": 900,
          "reward_plain": n / 20}

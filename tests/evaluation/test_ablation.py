@@ -1,0 +1,132 @@
+"""The ablation run for real, on random weights: shared stages give what separate training gives."""
+
+import json
+
+import pytest
+
+from mpi_mlx.errors import CheckpointError, RecipeError
+from mpi_mlx.evaluation.ablation import (
+    CellFinished,
+    CellStarted,
+    StudyWritten,
+    fork_run,
+    run_ablation,
+    study,
+)
+from mpi_mlx.evaluation.grid import Cell, cell_recipe, choose_variants, plan
+from mpi_mlx.recipe import Recipe
+from mpi_mlx.training.run import train
+
+DATA = {"benchmark": "clevr_policy", "depth": 1, "train": 2, "rl": 4, "test": 3}
+# random weights write random letters: some completions hold one of these, some do not
+REWARDS = [{"kind": "regex", "pattern": "[aeiou]", "of": "completion"}]
+SMALL = {"batch_size": 2, "learning_rate": 1e-3}
+
+
+def small_recipe(**changes):
+    return Recipe.model_validate(
+        {
+            "model": {"base": "embedded:tiny", "init": "random"},
+            "lora": {"rank": 2, "alpha": 4},
+            "data": DATA,
+            "stages": [
+                {"stage": "cpt", "steps": 1, **SMALL},
+                {"stage": "sft", "steps": 2, "document_fraction": 0.5, **SMALL},
+                {
+                    "stage": "rl", "steps": 1, "prompts": 1, "group_size": 2, "policy_aware": 2,
+                    "max_completion_tokens": 4, "clip_high": 0.2, "learning_rate": 1e-3, "rewards": REWARDS,
+                },
+            ],
+            "evaluation": {"max_completion_tokens": 4, "forgetting": False},
+            **changes,
+        }
+    )
+
+
+def cell(name, document=5, setting=()):
+    return Cell(choose_variants([name])[0], document, setting)
+
+
+def test_recipes_of_the_cells():
+    base = small_recipe()
+    rl = cell_recipe(base, cell("cpt_sft+grpo"), "out").stages
+    assert [s.stage for s in rl] == ["cpt", "sft", "rl"]
+    assert (rl[2].group_size, rl[2].policy_aware) == (4, 0)  # as many completions as the union
+    dapo = cell_recipe(base, cell("direct_sft+dapo_policyrollout"), "out").stages
+    assert not dapo[0].reasoning and not dapo[1].reasoning
+    assert (dapo[1].group_size, dapo[1].policy_aware, dapo[1].aggregation) == (2, 2, "token")
+    assert (dapo[1].clip_low, dapo[1].clip_high) == (0.2, 0.28)
+    reference = cell_recipe(base, cell("sft+policyrollout_reference"), "out").stages[1]
+    assert reference.policy_aware_sampler == "reference" and reference.clip_high == 0.2
+    assert cell_recipe(base, cell("sft_matched"), "out").stages[0].steps == 3
+    deep = cell_recipe(base, cell("sft", setting=(("data.depth", 4), ("data.train", 20))), "out")
+    assert (deep.data.depth, deep.data.train, deep.data.seed, deep.seed) == (4, 20, 5, 5)
+    assert list(deep.evaluation.after) == ["sft"] and deep.output == "out"
+
+
+def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
+    rl = {"stage": "rl", "steps": 1, "group_size": 8, "learning_rate": 1e-3}
+    base = small_recipe(stages=[{"stage": "sft", "steps": 1, **SMALL}, rl])
+    assert cell_recipe(base, cell("sft+grpo"), "out").stages[1].group_size == 8
+    both = cell_recipe(base, cell("sft+policyrollout"), "out").stages[1]
+    assert (both.group_size, both.policy_aware) == (4, 4)
+    with pytest.raises(RecipeError, match="needs stage cpt; the recipe has sft, rl"):
+        cell_recipe(base, cell("cpt_sft"), "out")
+    with pytest.raises(RecipeError, match="depth=9/document-5/sft is not a recipe"):
+        cell_recipe(base, cell("sft", setting=(("data.depth", 9),)), "out")
+
+
+def adapter(folder):
+    return (folder / "adapter" / "adapters.safetensors").read_bytes()
+
+
+def lines(folder):
+    """The metrics without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if "second" not in k and k != "memory_bytes"} for r in rows]
+
+
+def test_a_study_forks_resumes_and_reports(tmp_path):
+    base, sweeps = small_recipe(), {"data.depth": [1, 2]}
+    chosen = choose_variants(["base", "sft", "sft+policyrollout"])
+    cells = plan(base, chosen, [5], sweeps, choose_variants(["sft"]))
+    reports = list(run_ablation(base, cells, tmp_path / "study", sweeps=sweeps))
+    started = [r for r in reports if isinstance(r, CellStarted)]
+    assert [(r.cell.variant.name, r.parent, r.shared) for r in started] == [
+        ("base", None, 0), ("sft", None, 0), ("sft+policyrollout", "sft", 1), ("sft", None, 0),
+    ]
+    assert reports[-1] == StudyWritten(tmp_path / "study" / "ablation.md", 0)
+    forked = tmp_path / "study" / cells[2].folder
+    # the same cell on its own
+    alone = cell_recipe(base, cells[2], str(tmp_path / "alone"))
+    for _ in train(alone):
+        pass
+    assert adapter(forked) == adapter(tmp_path / "alone")
+    assert adapter(forked) != adapter(tmp_path / "study" / cells[1].folder)
+    assert lines(forked) == lines(tmp_path / "alone") and [r["step"] for r in lines(forked)] == [1, 2, 1]
+
+    again = list(run_ablation(base, cells, tmp_path / "study", sweeps=sweeps))
+    assert [type(r) for r in again] == [CellFinished] * 4 + [StudyWritten] and all(r.known for r in again[:4])
+    (tmp_path / "study" / cells[3].folder / "cell.json").unlink()
+    assert study(base, cells, tmp_path / "study", sweeps=sweeps).missing == 1
+    text = (tmp_path / "study" / "ablation.md").read_text()
+    assert "3 runs over 1 documents (seeds 5); 1 are still to be run" in text
+    assert "| CoT-SFT + PolicyRollout - CoT-SFT |" in text
+    changed = small_recipe(seed=0, data={**DATA, "test": 2})
+    with pytest.raises(CheckpointError, match="another recipe"):
+        list(run_ablation(changed, cells, tmp_path / "study", sweeps=sweeps))
+
+
+def test_an_interrupted_fork_leaves_no_folder(tmp_path, monkeypatch):
+    source = tmp_path / "a"
+    (source / "stages").mkdir(parents=True)
+    (source / "progress.json").write_text('{"stages": {}}')
+    with pytest.raises(FileNotFoundError):  # metrics.jsonl is missing
+        fork_run(source, tmp_path / "b", small_recipe())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_nothing_to_report(tmp_path):
+    base = small_recipe()
+    with pytest.raises(CheckpointError, match="no finished cell"):
+        study(base, plan(base, choose_variants(["sft"]), [1]), tmp_path, sweeps={})
