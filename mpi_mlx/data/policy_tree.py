@@ -126,7 +126,11 @@ def _splitting_condition(rng, kinds, pool, scenes, reach, before) -> tuple[Condi
 
 # --- wording -------------------------------------------------------------------------------------------
 
-_COMPACT = "{name}: {phrase}? {yes}, else {no}."
+_COMPACT = (
+    "## {name}: {phrase}?\nIf so, {yes}; else {no}.",
+    "## {name}: {phrase}?\nIf yes, {yes}. If no, {no}.",
+    "## {name}: {phrase}?\nFound: {yes}. Not found: {no}.",
+)
 _NATURAL = (
     "## {name}\nIf there is {clause}, {yes}; otherwise {no}.",
     "## {name}\nLook for {clause}. If you find it, {yes}. If not, {no}.",
@@ -145,8 +149,8 @@ _INTRO = (
 def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = "natural") -> str:
     """The tree as Markdown: an introduction, then one section a condition in random order.
 
-    ``wording``: ``compact`` (one short line a section), ``natural`` (full sentences in varied wording) or
-    ``mixed`` (one of the two, drawn for the document).
+    ``wording``: ``compact`` (each section is headed by its question), ``natural`` (full sentences in varied
+    wording) or ``mixed`` (one of the two, drawn for the document).
     """
     if wording == "mixed":
         wording = ("compact", "natural")[int(rng.integers(2))]
@@ -158,7 +162,8 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
 
     lines = [_INTRO[int(rng.integers(len(_INTRO)))].format(start=tree.names[0])]
     for i in rng.permutation(len(tree.conditions)):
-        template = _COMPACT if wording == "compact" else _NATURAL[int(rng.integers(len(_NATURAL)))]
+        templates = _COMPACT if wording == "compact" else _NATURAL
+        template = templates[int(rng.integers(len(templates)))]
         condition = tree.conditions[i]
         lines.append(
             template.format(
@@ -166,7 +171,7 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
                 yes=action(2 * i + 1), no=action(2 * i + 2),
             )
         )
-    return ("\n" if wording == "compact" else "\n\n").join(lines) + "\n"
+    return "\n\n".join(lines) + "\n"
 
 
 # --- the checker ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ TASKS = ("document", "walk", "recall", "repeat", "check", "describe", "ask")
 POOL_STEPS = 20  # the pool of candidate scenes is drawn anew every so many steps
 POOL_SIZE = 4000
 QUESTIONS = 14  # conditions in a `check` row
-WORDINGS = ("natural", "natural", "natural", "compact")
+WORDINGS = ("compact",)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mpi_mlx.data.completion import split_completion
 from mpi_mlx.data.examples import Example
@@ -16,8 +17,9 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation.metrics import majority_share, same_text, share, wilson_interval
 from mpi_mlx.rollouts.prefill import prefill
 from mpi_mlx.rollouts.rewards import exact_match, trace, well_formed
-from mpi_mlx.rollouts.sampler import SamplingStats, generate_greedy
+from mpi_mlx.rollouts.sampler import Completion, SamplingStats, generate_greedy
 from mpi_mlx.rollouts.tool_calls import parse_tool_calls, tool_call_score
+from mpi_mlx.training import world
 
 PREFILL_PROMPTS = 5  # prompts whose prefill is timed alone
 Progress = Callable[[int, int], None]  # (examples answered, examples in all)
@@ -107,18 +109,27 @@ def time_prefill(model, prompts: Sequence, count: int = PREFILL_PROMPTS) -> floa
     return statistics.median(times[1:])
 
 
-def _generate(model, prompts, spec, stats: SamplingStats, progress: Progress | None) -> list:
+def _generate(model, prompts, spec, stats: SamplingStats, progress: Progress | None) -> list[Completion]:
+    """Greedy completions of all prompts; each process of a data-parallel run answers its share."""
+    mine = world.share(list(prompts))
     # Slices let a caller show progress; each prefills the document once.
-    size = spec.batch_size if progress is not None else len(prompts)
-    completions = []
-    for start in range(0, len(prompts), size):
-        completions += generate_greedy(
-            model, prompts[start : start + size], max_tokens=spec.max_completion_tokens,
+    size = spec.batch_size if progress is not None else len(mine)
+    found = []
+    for start in range(0, len(mine), max(size, 1)):
+        found += generate_greedy(
+            model, mine[start : start + size], max_tokens=spec.max_completion_tokens,
             batch_size=spec.batch_size, stats=stats,
         )
         if progress is not None:
-            progress(len(completions), len(prompts))
-    return completions
+            progress(min(len(found) * world.world().size(), len(prompts)), len(prompts))
+    if world.world().size() == 1:
+        return found
+    numbers = world.share(list(range(len(prompts))))
+    told = [[n, c.ids.tolist(), c.finished] for n, c in zip(numbers, found, strict=True)]
+    return [
+        Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finished)
+        for _, ids, finished in sorted(world.gather_objects(told))
+    ]
 
 
 def _grade(example: Example, text: str, finished: bool, label: str, in_context: bool) -> Prediction:

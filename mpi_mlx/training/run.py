@@ -282,21 +282,20 @@ class _Run:
         world.barrier()
 
     def _evaluate_mode(self, label: str, document) -> Iterator[object]:
-        """Rank 0 answers, in slices so that progress shows; the others wait."""
+        """Every process answers its share; rank 0 writes."""
+        reasoning = next((s.reasoning for s in self.recipe.stages if s.stage == "sft"), True)
+        in_context = document is not None
+        count = len(list(self.dataset.test)[: self.recipe.evaluation.samples])
+        yield EvaluationProgress(label, in_context, 0, count)
+        row, predictions = evaluate(
+            self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation, reasoning=reasoning
+        )
+        self.folder.progress["evaluated"].append([label, in_context])
         if world.is_main():
-            reasoning = next((s.reasoning for s in self.recipe.stages if s.stage == "sft"), True)
-            count = len(list(self.dataset.test)[: self.recipe.evaluation.samples])
-            yield EvaluationProgress(label, document is not None, 0, count)
-            row, predictions = evaluate(
-                self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation,
-                reasoning=reasoning,
-            )
             record(self.folder.path, row, predictions)
-            self.folder.progress["evaluated"].append([label, document is not None])
             self.folder.mark()
-            yield EvaluationProgress(label, document is not None, row["n"], row["n"])
-            yield EvaluationRow(row)
-        world.barrier()
+        yield EvaluationProgress(label, in_context, count, count)
+        yield EvaluationRow(row)
 
     def _measure_forgetting(self, label: str) -> None:
         """Perplexity on unrelated text, beside the base's."""
