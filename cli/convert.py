@@ -135,7 +135,36 @@ def gguf_command(
     check: Check = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Read a llama-family GGUF (F32, F16, Q8_0, Q4_0, Q4_1) into a folder with tokenizer and chat template."""
+    """Read a llama-family GGUF (F32, F16, Q8_0, Q4_0, Q4_1) into a complete model folder."""
     from mpi_mlx.convert.gguf_folder import from_gguf
 
     show(from_gguf(source, destination, dtype=checked_dtype(dtype), check=check, overwrite=overwrite))
+
+
+@app.command("table")
+def table_command(
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Markdown file with the table's markers.")
+    ] = None,
+    layout_only: Annotated[
+        bool, typer.Option("--layout-only", help="Only the renames: needs no torch.")
+    ] = False,
+) -> None:
+    """The families, their renames, and the errors measured against transformers and peft (needs torch)."""
+    from mpi_mlx.convert import table
+
+    if layout_only:
+        typer.echo("\n".join(table.layout_lines()))
+        return
+    rows = []
+    for row in table.measure():
+        rows.append(row)
+        typer.echo(
+            f"{row.name}: to-mlx {max(row.to_mlx.values()):.0e}, to-hf {row.to_hf:.0e}, PEFT {row.peft:.0e}"
+        )
+    text = table.markdown(rows)
+    if output is None:
+        typer.echo(text)
+    else:
+        table.write_into(output, text)
+        typer.echo(f"written into {output}")

@@ -26,12 +26,17 @@ MLX_WEIGHTS, PEFT_WEIGHTS, CONFIG = "adapters.safetensors", "adapter_model.safet
 
 @dataclass
 class LowRank:
-    """One adapted linear: float32 ``a`` (r, in), ``b`` (out, r), ``scale``, and DoRA's ``magnitude`` (out,)."""
+    """One adapted linear: float32 ``a`` (r, in), ``b`` (out, r), ``scale``; DoRA's ``magnitude`` (out,)."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     magnitude: np.ndarray | None = None
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """The part that belongs to some outputs: they are independent of each other."""
+        magnitude = None if self.magnitude is None else self.magnitude[start:stop]
+        return LowRank(self.a, self.b[start:stop], self.scale, magnitude)
 
     def delta(self) -> np.ndarray:
         """scale * B A, float32 (out, in)."""

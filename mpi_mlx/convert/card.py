@@ -70,5 +70,6 @@ def write_card(
     else:
         told = "A converted checkpoint."
     (work / "README.md").write_text(
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{told}\n\n| | |\n|---|---|\n{table}\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{told}\n\n"
+        f"| | |\n|---|---|\n{table}\n"
     )

@@ -6,6 +6,8 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
+
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.layout import Layout, head_and_embedding
 from mpi_mlx.convert.report import ConversionReport
@@ -74,9 +76,9 @@ def _mlx_side(folder: Path, config: dict, probes, adapter: Path | None):
 
 
 def _torch_side(folder: Path, config: dict, probes, adapter: Path | None):
-    from mpi_mlx.models import probe
+    from mpi_mlx.convert import torch_side
 
-    model, info = probe.load_torch(folder)
+    model, info = torch_side.load_torch(folder)
     if adapter is not None:
         from peft import PeftModel
 
@@ -86,7 +88,7 @@ def _torch_side(folder: Path, config: dict, probes, adapter: Path | None):
         for k, v in info.items()
         if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
-    return probe.torch_logits(model, config, probes), wrong
+    return torch_side.torch_logits(model, config, probes), wrong
 
 
 def check_logits(
@@ -100,6 +102,7 @@ def check_logits(
     ``sides``: (label, "mlx" or "torch", model folder, adapter folder or None); torch sides are skipped where
     torch is not installed. ``nbytes``: size of the model in float32, to leave out what memory cannot hold.
     """
+    from mpi_mlx.convert import torch_side
     from mpi_mlx.models import probe
 
     if memory_bytes() and nbytes > 0.6 * memory_bytes():
@@ -110,7 +113,7 @@ def check_logits(
     probes = probe.probe_inputs(config)
     ran = []
     for label, kind, folder, adapter in sides:
-        if kind == "torch" and not probe.torch_is_here():
+        if kind == "torch" and not torch_side.torch_is_here():
             continue
         if kind == "torch":
             logits, wrong = _torch_side(folder, config, probes, adapter)
@@ -119,6 +122,9 @@ def check_logits(
         else:
             logits = _mlx_side(folder, config, probes, adapter)
         ran.append((label, logits))
+    for label, logits in ran:
+        if not all(np.isfinite(part).all() for part in logits):
+            raise ConversionError(f"{label}: the logits on probe inputs are not finite; nothing was written")
     if len(ran) < 2:
         report.notes.append(
             "no check on probe inputs: source and result cannot both run here (torch is not installed)"

@@ -14,104 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mpi_mlx.convert.families import Family, family_of
+from mpi_mlx.convert.supported import check_supported, pattern_of, rope_of
 from mpi_mlx.errors import ConversionError
-
-SCALED_ROPE = {"default", "linear", "llama3", "yarn"}
-_SILU, _TANH = {"silu"}, {"gelu_pytorch_tanh"}
-# values that mlx-vlm / mlx-lm have built in: anything else would be computed wrong without a word
-BUILT_IN: dict[str, dict[str, set]] = {
-    "qwen2_vl": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": {"quick_gelu"},
-        "text_config.use_sliding_window": {False, None},
-        "vision_config.rope_parameters.rope_theta": {10000.0, None},
-    },
-    "qwen2_5_vl": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": _SILU,
-        "text_config.use_sliding_window": {False, None},
-        "vision_config.rope_parameters.rope_theta": {10000.0, None},
-    },
-    "qwen3_vl": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": _TANH,
-        "vision_config.rope_parameters.rope_theta": {10000.0, None},
-    },
-    "qwen3_5": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": _TANH,
-        "vision_config.rope_parameters.rope_theta": {10000.0, None},
-    },
-    "smolvlm": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": _TANH,
-        "text_config.model_type": {"llama"},
-    },
-    "idefics3": {
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": _TANH,
-        "text_config.model_type": {"llama"},
-    },
-    "llava": {
-        "text_config.model_type": {"llama", "qwen2"},
-        "text_config.hidden_act": _SILU,
-        "vision_config.model_type": {"clip_vision_model"},
-        "vision_config.hidden_act": {"quick_gelu"},
-        "projector_hidden_act": {"gelu"},
-        "text_config.use_sliding_window": {False, None},
-    },
-    "llava_onevision": {
-        "text_config.model_type": {"qwen2"},
-        "text_config.hidden_act": _SILU,
-        "vision_config.model_type": {"siglip_vision_model"},
-        "vision_config.hidden_act": _TANH,
-        "projector_hidden_act": {"gelu"},
-        "text_config.use_sliding_window": {False, None},
-    },
-    "internvl": {
-        "text_config.model_type": {"qwen3"},
-        "text_config.hidden_act": _SILU,
-        "vision_config.hidden_act": {"gelu"},
-        "projector_hidden_act": {"gelu"},
-        "vision_feature_layer": {-1},
-        "vision_feature_select_strategy": {"default"},
-        "text_config.use_sliding_window": {False, None},
-    },
-    "gemma3": {
-        "text_config.hidden_activation": _TANH,
-        "text_config.attn_logit_softcapping": {None},
-        "text_config.final_logit_softcapping": {None},
-        "text_config.use_bidirectional_attention": {False, None},
-        "vision_config.hidden_act": _TANH,
-        "tie_word_embeddings": {True},
-    },
-    "paligemma": {
-        "text_config.model_type": {"gemma", "gemma2"},
-        "vision_config.hidden_act": _TANH,
-        "tie_word_embeddings": {True},
-    },
-    "llama": {"hidden_act": _SILU},
-    "qwen2": {"hidden_act": _SILU, "use_sliding_window": {False, None}},
-    "qwen3": {"hidden_act": _SILU, "use_sliding_window": {False, None}},
-    "gemma3_text": {
-        "hidden_activation": _TANH,
-        "attn_logit_softcapping": {None},
-        "final_logit_softcapping": {None},
-        "use_bidirectional_attention": {False, None},
-    },
-}
-# rope types that the family's MLX code obeys
-ROPES: dict[str, set[str]] = {
-    "qwen2_vl": {"default", "mrope"},
-    "qwen2_5_vl": {"default", "mrope"},
-    "qwen3_vl": {"default", "mrope"},
-    "qwen3_5": {"default", "mrope"},
-    "smolvlm": {"default"},
-    "idefics3": {"default"},
-    "llava": {"default", "linear"},
-    "llava_onevision": {"default", "linear"},
-    "paligemma": {"default"},
-}
 
 
 @contextmanager
@@ -136,7 +40,7 @@ def read_json(path: Path) -> dict:
 
 
 def canonical_config(folder: Path) -> dict:
-    """The folder's config as transformers 5 would save it: every value spelled out, older layouts carried over."""
+    """The folder's config as transformers 5 would save it: values spelled out, older layouts carried over."""
     raw = read_json(folder / "config.json")
     if "model_type" not in raw:
         raise ConversionError(
@@ -190,72 +94,11 @@ def _plain(raw: dict) -> dict:
     return raw
 
 
-# --- refusals ----------------------------------------------------------------------------------------------
-
-
-def _at(config: dict, path: str):
-    for part in path.split("."):
-        config = (config or {}).get(part) if isinstance(config, dict) else None
-    return config
-
-
-def _rope(text: dict) -> dict:
-    return text.get("rope_parameters") or {}
-
-
-def check_supported(config: dict, *, for_mlx: bool = True) -> Family:
-    """Refuse, by name, what MLX would ignore or compute otherwise; returns the family.
-
-    ``for_mlx=False`` lets a head pass that was trained apart in MLX, and that mlx-vlm could not load again.
-    """
-    family = family_of(config)
-    for path, allowed in BUILT_IN[family.name].items():
-        value = _at(config, path)
-        if path == "tie_word_embeddings" and not for_mlx:
-            continue
-        if value not in allowed:
-            can = " or ".join(repr(v) for v in sorted(allowed, key=repr) if v is not None)
-            raise ConversionError(
-                f"{family.name} with {path} = {value!r}: mlx has {can} built in, so logits would be wrong"
-            )
-    text = config.get("text_config") or config
-    params = _rope(text)
-    layers = params.values() if "full_attention" in params else [params]
-    for rope in layers:
-        kind = rope.get("rope_type", "default")
-        if kind not in ROPES.get(family.name, SCALED_ROPE):
-            raise ConversionError(
-                f"{family.name} with rope scaling {kind!r}: mlx ignores it, so logits would be wrong"
-            )
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    if family.name in ("smolvlm", "idefics3", "llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen2"):
-        head_dim = text.get("head_dim")
-        if head_dim not in (None, hidden // heads):
-            raise ConversionError(
-                f"{family.name} with head_dim {head_dim}: mlx takes hidden_size / num_attention_heads = {hidden // heads}"
-            )
-    if family.name == "llava" and not isinstance(config.get("vision_feature_layer", -2), int):
-        raise ConversionError("llava with several vision_feature_layer values: mlx-vlm's projector takes one")
-    if family.name.startswith("gemma3"):
-        pattern_of(text)
-    return family
-
-
-def pattern_of(text: dict) -> int:
-    """gemma3's sliding_window_pattern: every n-th layer attends fully. Refused if layer_types is no such pattern."""
-    types = text["layer_types"]
-    full = [i for i, t in enumerate(types) if t == "full_attention"]
-    n = full[0] + 1 if full else len(types) + 1
-    if full != list(range(n - 1, len(types), n)):
-        raise ConversionError(f"gemma3 with layer_types {types}: mlx only knows every n-th layer full")
-    return n
-
-
 # --- MLX additions -----------------------------------------------------------------------------------------
 
 
 def _legacy_rope(text: dict) -> dict:
-    params = _rope(text)
+    params = rope_of(text)
     out = {"rope_theta": params.get("rope_theta", 10000.0)}
     if params.get("rope_type", "default") != "default":
         out["rope_scaling"] = {**params, "type": params["rope_type"]}
@@ -263,7 +106,7 @@ def _legacy_rope(text: dict) -> dict:
 
 
 def _gemma3_rope(text: dict) -> dict:
-    params = _rope(text)
+    params = rope_of(text)
     full, local = params["full_attention"], params["sliding_attention"]
     out = {
         "rope_theta": full["rope_theta"],
@@ -277,8 +120,11 @@ def _gemma3_rope(text: dict) -> dict:
 
 
 def _mrope(text: dict, kind: str) -> dict:
-    section = _rope(text)["mrope_section"]
-    return {"rope_theta": _rope(text)["rope_theta"], "rope_scaling": {"type": kind, "mrope_section": section}}
+    section = rope_of(text)["mrope_section"]
+    return {
+        "rope_theta": rope_of(text)["rope_theta"],
+        "rope_scaling": {"type": kind, "mrope_section": section},
+    }
 
 
 def _additions(family: Family, config: dict) -> dict[str, object]:
@@ -322,7 +168,7 @@ def _additions(family: Family, config: dict) -> dict[str, object]:
 
 
 def mlx_config(config: dict, *, for_mlx: bool = True) -> dict:
-    """A canonical config with MLX's names added; ``mlx_keys`` lists them, so that they can be taken out again."""
+    """A canonical config with MLX's names added; ``mlx_keys`` lists them, to take them out again."""
     family = check_supported(config, for_mlx=for_mlx)
     out = copy.deepcopy(config)
     keys = []

@@ -1,9 +1,9 @@
 """The layout tables: how each family names its tensors on disk, in transformers and in MLX.
 
 Three name spaces. *Disk*: what a converted folder holds; mlx-vlm (mlx-lm for text-only families) and
-transformers 5 both load it. *Memory*: transformers 5's modules, and so PEFT's keys. *Tree*: mlx-vlm's modules,
-and so MLX adapters and folders that mlx-vlm itself saved. Disk to tree is a rename and, for the patch
-embedding (and qwen3_5's conv1d), a transpose; qwen3_5's norms also differ by one.
+transformers 5 both load it. *Memory*: transformers 5's modules, and so PEFT's keys. *Tree*: mlx-vlm's
+modules, and so MLX adapters and folders that mlx-vlm itself saved. Disk to tree is a rename and, for the
+patch embedding (and qwen3_5's conv1d), a transpose; qwen3_5's norms also differ by one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NEVER = r"rotary_emb\.inv_freq$|\.position_ids$|^mtp\."
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table. ``prefixes`` are (disk, memory, tree); ``conv`` ends the patch embedding's name."""
+    """One row of the table. ``prefixes``: (disk, memory, tree); ``conv`` ends the patch embedding's name."""
 
     name: str
     prefixes: tuple[tuple[str, str, str], ...]
@@ -68,8 +68,8 @@ FAMILIES: dict[str, Family] = {
             "qwen3_5",
             _QWEN3,
             "patch_embed.proj.weight",
-            note="norms are stored minus one, mlx-vlm adds it when it loads; its chunked delta rule loses 3e-5 where a "
-            "head forgets fast (exp(A_log) near 16)",
+            note="norms are stored minus one, mlx-vlm adds it when it loads; its chunked delta rule loses "
+            "3e-5 where a head forgets fast (exp(A_log) near 16)",
         ),
         Family("smolvlm", _IDEFICS, _SIGLIP, tied_head="lm_head.weight"),
         Family("idefics3", _IDEFICS, _SIGLIP, tied_head="lm_head.weight"),
@@ -90,8 +90,8 @@ FAMILIES: dict[str, Family] = {
             (*_LLAVA, *_TOWER),
             _SIGLIP,
             dropped=_NEVER + r"|^vision_tower\.vision_model\.head\.",
-            note="tied only; mlx-vlm rounds sqrt(hidden) to bfloat16 (1e-4 where it is no bfloat16 number) and "
-            "attends causally inside an image",
+            note="tied only; mlx-vlm rounds sqrt(hidden) to bfloat16 (1e-4 where it is no bfloat16 number) "
+            "and attends causally inside an image",
         ),
         Family("paligemma", (*_LLAVA, *_TOWER), _SIGLIP, note="tied only; one image a prompt"),
         Family("llama", _TEXT, text_only=True),

@@ -1,4 +1,4 @@
-"""Sources and destinations: what a path holds, what is refused, and folders that appear whole or not at all."""
+"""Sources and destinations: what a path holds, what is refused; folders appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,9 +30,22 @@ def find_source(source: str | Path) -> Path:
     from mpi_mlx.models.folders import resolve_base
 
     try:
-        return resolve_base(str(source))
+        folder = resolve_base(str(source))
     except ModelError as e:
         raise ConversionError(str(e)) from None
+    if not str(source).startswith("embedded:"):
+        _fetch_license(str(source))
+    return folder
+
+
+def _fetch_license(repo: str) -> None:
+    """The hub's card and license belong on the result's card; a repository may have neither."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(repo, allow_patterns=["README.md", "LICENSE*", "NOTICE*"])
+    except Exception:  # the weights are here: a missing card stops nothing, and the result's card says so
+        return
 
 
 def refuse_other_formats(folder: Path) -> None:
@@ -57,8 +70,8 @@ def refuse_other_formats(folder: Path) -> None:
         )
     if "zero_to_fp32.py" in names or any("optim_states.pt" in n for n in names):
         raise ConversionError(
-            f"{folder} holds DeepSpeed ZeRO shards; merge them first: `cd {folder} && python zero_to_fp32.py . "
-            "MERGED --safe_serialization`, then put config.json and the tokenizer's files beside the result"
+            f"{folder} holds DeepSpeed ZeRO shards; merge them first: `cd {folder} && python zero_to_fp32.py "
+            ". MERGED --safe_serialization`, then put config.json and the tokenizer's files beside the result"
         )
     for path in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
         if any(path.glob("*.distcp")):
@@ -69,8 +82,9 @@ def refuse_other_formats(folder: Path) -> None:
     pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled and not any(n.endswith(".safetensors") for n in names):
         raise ConversionError(
-            f"{folder / pickled[0]} is pickled, and opening a pickle can run code; where you trust it, rewrite it: "
-            f"`python -c \"import transformers as t; t.AutoModelForImageTextToText.from_pretrained('{folder}', "
+            f"{folder / pickled[0]} is pickled, and opening a pickle can run code; where you trust it, "
+            'rewrite it: `python -c "import transformers as t; t.AutoModelForImageTextToText.from_pretrained('
+            f"'{folder}', "
             "weights_only=True, dtype='auto').save_pretrained('DST')\"` (AutoModelForCausalLM for text-only)"
         )
     if any(n.endswith(".gguf") for n in names):
@@ -83,15 +97,15 @@ def refuse_other_formats(folder: Path) -> None:
 
 
 def check_disk(destination: Path, nbytes: int) -> None:
-    """Refuse before writing when the destination's disk cannot hold ``nbytes`` (and 2% and 64 MB to spare)."""
+    """Refuse beforehand when the destination's disk cannot hold ``nbytes`` (and 2% and 64 MB to spare)."""
     parent = destination.absolute().parent
     while not parent.exists():
         parent = parent.parent
     need, free = int(nbytes * 1.02) + (64 << 20), shutil.disk_usage(parent).free
     if free < need:
         raise DeviceError(
-            f"the disk of {parent} has {free / 1e9:.1f} GB free, {destination.name} needs {need / 1e9:.1f} GB: "
-            "free some or choose another DST"
+            f"the disk of {parent} has {free / 1e9:.1f} GB free, {destination.name} needs "
+            f"{need / 1e9:.1f} GB: free some or choose another DST"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from mpi_mlx.convert.card import write_card
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Entry, Layout, head_and_embedding, untie
 from mpi_mlx.convert.report import ConversionReport
-from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, from_float32
+from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, from_float32, to_float32
 from mpi_mlx.convert.weights import float32_bytes, quantize_in_place, read_layout, write_folder
 from mpi_mlx.errors import ConversionError
 
@@ -33,8 +35,8 @@ def fuse(
 ) -> ConversionReport:
     """Merge a run's (or a folder's) MLX adapter into its base, in float32, tensor by tensor.
 
-    A quantized base is dequantized first, so the result equals base + adapter; ``quantize`` (4 or 8) quantizes
-    the result again and reports what that loses. ``base`` defaults to the one the adapter or run names.
+    A quantized base is dequantized first, so the result equals base + adapter; ``quantize`` (4 or 8)
+    quantizes the result again and reports what that loses. ``base`` defaults to the one that is recorded.
     """
     if quantize not in (None, 4, 8):
         raise ConversionError(f"quantize is 4 or 8, not {quantize}")
@@ -89,9 +91,7 @@ def _recorded_base(folder: Path) -> Path:
 
 
 def document_of(folder: Path, recipe: dict) -> dict | None:
-    """Name and sha256 of the run's policy document: as the run recorded it, else of the recipe's own files."""
-    import json
-
+    """Name and sha256 of the run's policy document: as recorded, else of the recipe's own files."""
     for place in (folder / "environment.json", folder.parent / "environment.json"):
         if place.is_file():
             try:
@@ -113,26 +113,25 @@ def document_of(folder: Path, recipe: dict) -> dict | None:
 
 def _quantized_as_trained(entry: Entry, spec: dict) -> Entry:
     """A float tensor rounded to the bits it was quantized to in training, in its own type."""
-    read, dtype = entry.read, entry.dtype
+    dtype, sizes = entry.dtype, {"group_size": spec["group_size"], "bits": spec["bits"]}
 
-    def rounded() -> np.ndarray:
+    def rounded(data: np.ndarray, *_) -> np.ndarray:
         import mlx.core as mx
 
         with mx.stream(mx.cpu):
-            weight = mx.array(read())
+            weight = mx.array(data)
             weight = weight.view(mx.bfloat16) if dtype == "BF16" else weight
-            sizes = dict(group_size=spec["group_size"], bits=spec["bits"])
             back = mx.dequantize(*mx.quantize(weight, **sizes), **sizes)
             return np.array(back.view(mx.uint16) if dtype == "BF16" else back)
 
-    return Entry(entry.name, dtype, entry.shape, rounded)
+    return entry.changed(rounded)
 
 
 def _merged(entry: Entry, low: LowRank, dtype: str) -> Entry:
-    def read() -> np.ndarray:
-        return from_float32(low.merged(entry.float32()), dtype)
+    def merged(data: np.ndarray, start: int, stop: int) -> np.ndarray:
+        return from_float32(low.rows(start, stop).merged(to_float32(data, entry.dtype)), dtype)
 
-    return Entry(entry.name, dtype, entry.shape, read)
+    return entry.changed(merged, dtype)
 
 
 def _apply(layout: Layout, adapter: Adapter, folder: Path, dtype: str | None) -> list[str]:
@@ -141,8 +140,7 @@ def _apply(layout: Layout, adapter: Adapter, folder: Path, dtype: str | None) ->
     head, embedding = head_and_embedding(layout.family)
     touched = {n + ".weight" for n in adapter.modules} | set(adapter.saved)
     if layout.tied and head in touched:
-        source = entries[embedding]
-        entries[head] = Entry(head, source.dtype, source.shape, source.read, source.stored)
+        entries[head] = replace(entries[embedding], name=head)
         untie(layout, "the adapter trains the head by itself")
     check_fit(adapter, {n: e.shape for n, e in entries.items()}, folder)
     quantized = 0

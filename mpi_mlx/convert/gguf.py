@@ -71,7 +71,7 @@ def _q4_1(blocks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Type:
-    """``values`` values take ``nbytes`` bytes; ``decode`` maps uint8 (..., nbytes) to float32 (..., values)."""
+    """``values`` values take ``nbytes`` bytes; ``decode``: uint8 (..., nbytes) to float32 (..., values)."""
 
     name: str
     values: int
@@ -198,8 +198,9 @@ def read_gguf(path: str | Path) -> GGUF:
     for name, shape, kind, offset in infos:
         if kind not in TYPES:
             raise ConversionError(
-                f"{name} in {path.name} is {_OTHER.get(kind, f'of type {kind}')}: F32, F16, BF16, Q8_0, Q4_0 and Q4_1 "
-                f"are read; llama.cpp rewrites it: `llama-quantize --allow-requantize {path.name} OUT.gguf F16`"
+                f"{name} in {path.name} is {_OTHER.get(kind, f'of type {kind}')}: F32, F16, BF16, Q8_0, Q4_0 "
+                "and Q4_1 are read; llama.cpp rewrites it: `llama-quantize --allow-requantize "
+                f"{path.name} OUT.gguf F16`"
             )
         spec = TYPES[kind]
         rows = int(np.prod(shape[:-1], dtype=np.int64))

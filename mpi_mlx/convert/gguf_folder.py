@@ -200,7 +200,7 @@ def from_gguf(
         canonical = canonical_config(work)
         check_supported(canonical)
         (work / "config.json").write_text(json.dumps(mlx_config(canonical), indent=2) + "\n")
-        entries = {o.name: Entry(o.name, o.dtype, o.shape, lambda: np.zeros(0)) for o in outputs}
+        entries = {o.name: Entry(o.name, o.dtype, o.shape, lambda *_: np.zeros(0)) for o in outputs}
         layout = Layout(family_of(config), canonical, entries, config["tie_word_embeddings"])
         covered = checks.check_coverage(layout, work)
         write_checkpoint(work, outputs, limit=SHARD_BYTES)

@@ -57,7 +57,7 @@ def _byte_level(meta: dict, tokens: list[str]):
 
 
 def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece BPE keeps scores, not merges: every split of a piece into two pieces, best pieces first."""
+    """SentencePiece keeps scores, not merges: every split of a piece into two pieces, best first."""
     ids = {t: i for i, t in enumerate(tokens)}
     found = []
     for piece, score in zip(tokens, scores, strict=True):
@@ -97,7 +97,7 @@ def _named(meta: dict, tokens: list[str]) -> dict[str, str]:
 
 
 def write_tokenizer(meta: dict, folder: Path, context: int) -> dict[str, str]:
-    """Write tokenizer.json, tokenizer_config.json and the chat template; returns the special tokens' names."""
+    """Write tokenizer.json, tokenizer_config.json and the chat template; returns the special tokens."""
     from tokenizers import AddedToken, processors
 
     tokens = meta.get("tokenizer.ggml.tokens")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from mpi_mlx.convert.shards import (
     copied,
     edited,
     from_float32,
-    recast,
     to_float32,
 )
 from mpi_mlx.errors import ConversionError
@@ -26,34 +25,68 @@ from mpi_mlx.errors import ConversionError
 FLOATS = {"F32", "F16", "BF16"}
 
 
+BLOCK_VALUES = 4 << 20  # values of a tensor that are edited at once
+
+
 @dataclass
 class Entry:
-    """One tensor under its disk name. ``read`` gives its stored form in disk axis order."""
+    """One tensor under its disk name, in disk axis order.
+
+    ``rows(start, stop)`` gives a run of its rows in the stored form (a scalar counts as one row).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    rows: Callable[[int, int], np.ndarray]
     # set while the tensor is an untouched copy of stored bytes
     stored: Stored | None = None
-
-    def output(self, dtype: str | None = None) -> Output:
-        out = (
-            copied(self.stored, self.name)
-            if self.stored
-            else edited(self.name, self.dtype, self.shape, self.read)
-        )
-        if dtype and self.dtype in FLOATS and dtype != self.dtype:
-            return recast(out, dtype, self.read)
-        return out
 
     @classmethod
     def of(cls, tensor: Stored, name: str) -> Entry:
         """A stored tensor, bits untouched, under a disk name."""
-        return cls(name, tensor.dtype, tensor.shape, tensor.read, tensor)
+        return cls(name, tensor.dtype, tensor.shape, tensor.rows, tensor)
+
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> Entry:
+        """A small tensor that is computed in one piece."""
+        return cls(name, dtype, shape, lambda start, stop: read()[start:stop])
+
+    def read(self) -> np.ndarray:
+        """The whole tensor in its stored form."""
+        return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
     def float32(self) -> np.ndarray:
         return to_float32(self.read(), self.dtype)
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Runs of rows of about ``BLOCK_VALUES`` values."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, BLOCK_VALUES // max(1, int(np.prod(self.shape[1:], dtype=np.int64))))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
+
+    def changed(
+        self, change: Callable[[np.ndarray, int, int], np.ndarray], dtype: str | None = None
+    ) -> Entry:
+        """The tensor after ``change(stored rows, start, stop)``, which works row by row."""
+        rows = self.rows
+        return Entry(self.name, dtype or self.dtype, self.shape, lambda i, j: change(rows(i, j), i, j))
+
+    def as_type(self, dtype: str) -> Entry:
+        """The tensor rounded to another float type; other types stay as they are."""
+        if self.dtype not in FLOATS or dtype == self.dtype:
+            return self
+        old = self.dtype
+        return self.changed(lambda data, *_: from_float32(to_float32(data, old), dtype), dtype)
+
+    def output(self, dtype: str | None = None) -> Output:
+        entry = self.as_type(dtype) if dtype else self
+        if entry.stored:
+            return copied(entry.stored, entry.name)
+        return edited(
+            entry.name, entry.dtype, entry.shape, lambda: (entry.rows(i, j) for i, j in entry.spans())
+        )
 
 
 @dataclass
@@ -86,19 +119,18 @@ def _dequantized(stored: dict[str, Stored], name: str, family: Family, spec: dic
         )
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // bits)
 
-    def read() -> np.ndarray:
+    def rows(start: int, stop: int) -> np.ndarray:
         import mlx.core as mx
 
         def plain(s: Stored) -> mx.array:
-            data = mx.array(s.read())
+            data = mx.array(s.rows(start, stop))
             return data.view(mx.bfloat16) if s.dtype == "BF16" else data
 
         with mx.stream(mx.cpu):
             full = mx.dequantize(plain(weight), plain(scales), plain(biases), group_size=group, bits=bits)
-            full = full.view(mx.uint16) if scales.dtype == "BF16" else full
-            return np.array(full)
+            return np.array(full.view(mx.uint16) if scales.dtype == "BF16" else full)
 
-    return Entry(name, scales.dtype, shape, read)
+    return Entry(name, scales.dtype, shape, rows)
 
 
 def _as_disk(family: Family, entry: Entry, base: dict[str, Stored] | None) -> Entry:
@@ -106,9 +138,8 @@ def _as_disk(family: Family, entry: Entry, base: dict[str, Stored] | None) -> En
     if fam.is_convolution(family, entry.name):
         axes = fam.TO_DISK[len(entry.shape)]
         read = entry.read
-        return Entry(
-            entry.name, entry.dtype, fam.transposed(entry.shape, axes), lambda: read().transpose(axes)
-        )
+        shape = fam.transposed(entry.shape, axes)
+        return Entry.whole(entry.name, entry.dtype, shape, lambda: read().transpose(axes))
     if fam.is_shifted_norm(family, entry.name):
         source = (base or {}).get(entry.name)
         read, dtype = entry.read, entry.dtype
@@ -120,7 +151,7 @@ def _as_disk(family: Family, entry: Entry, base: dict[str, Stored] | None) -> En
             theirs = to_float32(source.read(), source.dtype) if source else None
             return from_float32(fam.unshift(to_float32(read(), dtype), theirs, add_one), dtype)
 
-        return Entry(entry.name, dtype, entry.shape, unshifted)
+        return Entry.whole(entry.name, dtype, entry.shape, unshifted)
     return entry
 
 
@@ -129,8 +160,8 @@ def lay_out(
 ) -> Layout:
     """Every tensor of a checkpoint under its disk name and in disk order.
 
-    ``raw_config`` is the folder's own (it tells about quantization), ``config`` the canonical one. ``base`` is
-    an unconverted source that qwen3_5's norms may be copied from. Unknown tensors are refused by name.
+    ``raw_config`` is the folder's own (it tells about quantization), ``config`` the canonical one. ``base``
+    is an unconverted source that qwen3_5's norms may be copied from. Unknown tensors are refused by name.
     """
     stored, spec = checkpoint.tensors, _quantization(raw_config)
     parts = {f"{n[:-7]}{s}" for n in stored for s in (".scales", ".biases") if f"{n[:-7]}.scales" in stored}
@@ -152,7 +183,8 @@ def lay_out(
             names[disk] = name
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} tensors have no place in {family.name}'s table, the first is {sorted(unknown)[0]}"
+            f"{len(unknown)} tensors have no place in {family.name}'s table, the first is "
+            f"{sorted(unknown)[0]}"
         )
     tree = fam.in_tree_order(
         config, {d: stored[n].shape for d, n in names.items()}, family, checkpoint.format
@@ -191,14 +223,17 @@ def same_values(a: Entry, b: Entry) -> bool:
         return False
     if a.stored and b.stored and a.dtype == b.dtype:
         return all(x == y for x, y in zip(a.stored.chunks(), b.stored.chunks(), strict=True))
-    return np.array_equal(a.float32(), b.float32())
+    return all(
+        np.array_equal(to_float32(a.rows(i, j), a.dtype), to_float32(b.rows(i, j), b.dtype))
+        for i, j in a.spans()
+    )
 
 
 def _settle_head(layout: Layout, stated: bool) -> None:
-    """Tied with an equal head: drop the copy. Tied with another head: it has diverged, so untie the config.
+    """Tied with an equal head: drop the copy. Tied with another head: it has diverged, so untie.
 
-    ``stated``: whether the folder's own config says tied or not; mlx and transformers differ in their defaults,
-    so a missing head speaks where the config does not.
+    ``stated``: whether the folder's own config says tied or not; mlx and transformers differ in their
+    defaults, so a missing head speaks where the config does not.
     """
     head, embedding = head_and_embedding(layout.family)
     if embedding not in layout.entries:
@@ -227,13 +262,12 @@ def untie(layout: Layout, why: str) -> None:
 
 
 def outputs_of(layout: Layout, *, dtype: str | None = None, for_mlx: bool = False) -> list[Output]:
-    """What to write, in checkpoint order; ``for_mlx`` adds the head copy that some families need when tied."""
+    """What to write, in checkpoint order; ``for_mlx`` adds the head that some families need when tied."""
     code = DTYPE_NAMES[dtype] if dtype else None
     outputs = [e.output(code) for e in layout.entries.values()]
     if for_mlx and layout.tied and layout.family.tied_head:
         _, embedding = head_and_embedding(layout.family)
-        source = layout.entries[embedding]
-        twin = Entry(layout.family.tied_head, source.dtype, source.shape, source.read, source.stored)
+        twin = replace(layout.entries[embedding], name=layout.family.tied_head)
         outputs.append(twin.output(code))
     return outputs
 

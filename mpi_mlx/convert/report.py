@@ -25,7 +25,8 @@ class ConversionReport:
 
     def lines(self) -> list[str]:
         out = [
-            f"{self.action}: {self.family}, {self.tensors} tensors, {self.nbytes / 1e6:.1f} MB -> {self.destination}"
+            f"{self.action}: {self.family}, {self.tensors} tensors, {self.nbytes / 1e6:.1f} MB -> "
+            f"{self.destination}"
         ]
         if self.covered:
             out.append(f"key coverage: {self.covered}")

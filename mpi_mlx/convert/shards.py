@@ -54,10 +54,16 @@ class Stored:
                 left -= len(block)
                 yield block
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of the first axis as stored; bfloat16 comes as its uint16 bits."""
+        inner = int(np.prod(self.shape[1:], dtype=np.int64))
+        at = self.offset + start * inner * ITEM_BYTES[self.dtype]
+        data = np.fromfile(self.path, NUMPY_TYPES[self.dtype], (stop - start) * inner, offset=at)
+        return data.reshape(stop - start, *self.shape[1:])
+
     def read(self) -> np.ndarray:
-        """The tensor in its stored type; bfloat16 comes as its uint16 bits."""
-        data = np.fromfile(self.path, NUMPY_TYPES[self.dtype], int(np.prod(self.shape)), offset=self.offset)
-        return data.reshape(self.shape)
+        """The whole tensor; see :meth:`rows`."""
+        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1).reshape(())
 
 
 def to_float32(data: np.ndarray, dtype: str) -> np.ndarray:
@@ -106,7 +112,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         end = max(end, stop)
     if 8 + length + end != size:
         raise ConversionError(
-            f"{path.name} is truncated or padded: {size} bytes, its header needs {8 + length + end}; fetch it again"
+            f"{path.name} is truncated or padded: {size} bytes, its header needs {8 + length + end}; fetch "
+            "it again"
         )
     return tensors, metadata
 
@@ -180,23 +187,17 @@ def copied(source: Stored, name: str | None = None) -> Output:
     return Output(name or source.name, source.dtype, source.shape, source.chunks)
 
 
-def edited(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> Output:
-    """A tensor computed when its turn comes; ``make`` returns its stored form, shape (\\*shape,)."""
+def edited(
+    name: str, dtype: str, shape: tuple[int, ...], blocks: Callable[[], Iterable[np.ndarray]]
+) -> Output:
+    """A tensor computed when its turn comes; ``blocks`` gives runs of rows in their stored form."""
 
-    def blocks() -> Iterator[bytes]:
-        data = np.ascontiguousarray(make())
-        if data.shape != tuple(shape):
-            raise ConversionError(f"{name} came out with shape {data.shape}, not {tuple(shape)}")
-        yield memoryview(data).cast("B") if data.size else b""
+    def make() -> Iterator[bytes]:
+        for block in blocks():
+            if block.size:
+                yield memoryview(np.ascontiguousarray(block)).cast("B")
 
-    return Output(name, dtype, tuple(shape), blocks)
-
-
-def recast(output: Output, dtype: str, read: Callable[[], np.ndarray]) -> Output:
-    """The same tensor in another float type; ``read`` gives it in its present stored form."""
-    return edited(
-        output.name, dtype, output.shape, lambda: from_float32(to_float32(read(), output.dtype), dtype)
-    )
+    return Output(name, dtype, tuple(shape), make)
 
 
 def split(outputs: list[Output], limit: int) -> list[list[Output]]:

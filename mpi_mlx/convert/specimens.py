@@ -1,6 +1,12 @@
-"""Tiny random checkpoints of every supported family, written by transformers itself (needs torch)."""
+"""Tiny random checkpoints of every supported family, built by transformers itself (needs torch).
+
+They are what the table of measured errors and the tests run on.
+"""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import numpy as np
 
@@ -243,3 +249,26 @@ def build(kind: str, tied: bool = False, seed: int = 0):
             else:
                 p.normal_(0, 1.5 / np.sqrt(np.prod(p.shape[1:])))
     return model
+
+
+def as_mlx_saves(folder: Path, destination: Path, *, noise: float = 0.0, seed: int = 0):
+    """Load a converted folder, change every weight a little, and save it as mlx-vlm or mlx-lm would.
+
+    Returns (destination, the changed module).
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    from mpi_mlx.models import probe
+
+    net = probe.load_net(folder)
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, value in tree_flatten(net.parameters()):
+        factor = 1 + noise * rng.standard_normal(value.shape).astype(np.float32)
+        weights[name] = (value * mx.array(factor)).astype(value.dtype)
+    net.update(tree_unflatten(list(weights.items())))
+    destination.mkdir(parents=True)
+    mx.save_safetensors(str(destination / "model.safetensors"), weights, metadata={"format": "mlx"})
+    shutil.copy(folder / "config.json", destination / "config.json")
+    return destination, net

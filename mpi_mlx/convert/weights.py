@@ -21,11 +21,22 @@ def read_layout(source: Path, base: Path | None = None, *, for_mlx: bool = True)
     """Open a folder in any known layout; nothing but headers is read."""
     refuse_other_formats(source)
     raw = read_json(source / "config.json")
+    _refuse_foreign_quantization(raw, source)
     config = canonical_config(source)
     check_supported(config, for_mlx=for_mlx)
     checkpoint = open_checkpoint(source)
     other = open_checkpoint(base) if base else None
     return checkpoint, lay_out(checkpoint, raw, config, family_of(config), other)
+
+
+def _refuse_foreign_quantization(raw: dict, folder: Path) -> None:
+    """MLX writes ``quantization`` (and ``quantization_config`` again), other tools only the latter."""
+    theirs = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    if theirs and "quantization" not in raw:
+        raise ConversionError(
+            f"{folder} is quantized by {theirs.get('quant_method', 'another tool')}: convert the float "
+            "checkpoint, and quantize it here with --quantize"
+        )
 
 
 def is_quantized(folder: Path) -> bool:
@@ -69,8 +80,8 @@ def to_mlx(
     """Convert a Hugging Face checkpoint into a folder that mlx-vlm (mlx-lm) and transformers 5 both load.
 
     ``quantize`` (4 or 8) writes an MLX-only folder instead, quantized by mlx-vlm itself. Tensors keep their
-    bits unless ``dtype`` asks for another type. Raises ConversionError for what cannot be carried, DeviceError
-    for a disk too small; the destination then does not appear.
+    bits unless ``dtype`` asks for another type. Raises ConversionError for what cannot be carried,
+    DeviceError for a disk too small; the destination then does not appear.
     """
     folder = find_source(source)
     if quantize not in (None, 4, 8):
@@ -162,9 +173,15 @@ def to_hf(
                 f"{path} holds an adapter: pass --merge to fold it into the weights, or use `convert to-peft`"
             )
         return fuse(
-            path, destination, base=base, dtype=dtype, check=check, overwrite=overwrite, shard_bytes=shard_bytes,
+            path,
+            destination,
+            base=base,
+            dtype=dtype,
+            check=check,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
             action="to-hf",
-        )  # fmt: skip
+        )
     folder = find_source(source)
     _, layout = read_layout(folder, find_source(base) if base else None, for_mlx=False)
     final = Path(destination).expanduser()

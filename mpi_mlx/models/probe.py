@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1])) if isinstance(value, (list, tuple)) else (int(value), int(value))
 
 
-def _image_id(config: dict) -> int:
+def image_id(config: dict) -> int:
     for key in ("image_token_id", "image_token_index"):
         if config.get(key) is not None:
             return int(config[key])
@@ -57,7 +57,7 @@ def _qwen_images(config: dict, rng, grids) -> tuple[list[list[int]], dict[str, n
     width = vision.get("in_channels", 3) * vision.get("temporal_patch_size", 2) * patch * patch
     grid = np.array([(1, h * merge, w * merge) for h, w in grids], np.int64)
     pixels = rng.standard_normal((int(grid.prod(1).sum()), width)).astype(np.float32)
-    image = _image_id(config)
+    image = image_id(config)
     start = config.get("vision_start_token_id", 151652)
     end = config.get("vision_end_token_id", 151653)
     runs = [[start] + [image] * (h * w) + [end] for h, w in grids]
@@ -80,7 +80,7 @@ def _tile_images(config: dict, rng, count: int) -> tuple[list[list[int]], dict[s
         tokens = int(config.get("mm_tokens_per_image", 256))
     elif kind == "llava" and config.get("vision_feature_select_strategy", "default") == "full":
         tokens += 1
-    return [[_image_id(config)] * tokens for _ in range(count)], {"pixel_values": pixels}
+    return [[image_id(config)] * tokens for _ in range(count)], {"pixel_values": pixels}
 
 
 def _anyres_images(config: dict, rng, sizes) -> tuple[list[list[int]], dict[str, np.ndarray]]:
@@ -98,7 +98,7 @@ def _anyres_images(config: dict, rng, sizes) -> tuple[list[list[int]], dict[str,
             rows -= 2 * ((rows - int(height * cols / width)) // 2)
         else:
             cols -= 2 * ((cols - int(width * rows / height)) // 2)
-        runs.append([_image_id(config)] * (side * side + rows * (cols + 1)))
+        runs.append([image_id(config)] * (side * side + rows * (cols + 1)))
         count = 1 + (best_h // tile) * (best_w // tile)
         images.append(rng.standard_normal((count, 3, tile, tile)).astype(np.float32))
     most = max(len(i) for i in images)
@@ -265,7 +265,7 @@ def to_float32(net) -> None:
 
 
 def quantize_folder(folder: str | Path, destination: str | Path, bits: int, group_size: int = 64) -> dict:
-    """Write the folder's weights quantized by mlx-vlm (mlx-lm) itself; vision towers and projectors stay float.
+    """Write the folder's weights quantized by mlx-vlm (mlx-lm); vision towers and projectors stay float.
 
     Returns the config to write beside them.
     """
@@ -292,48 +292,3 @@ def quantize_folder(folder: str | Path, destination: str | Path, bits: int, grou
             )
             save_weights(Path(destination), net, donate_weights=True)
     return config
-
-
-# --- torch (optional: only where a user has it) ------------------------------------------------------------
-
-
-def torch_is_here() -> bool:
-    return importlib.util.find_spec("torch") is not None and importlib.util.find_spec("peft") is not None
-
-
-def torch_inputs(config: dict, probe: Probe) -> dict:
-    """Keyword arguments of the transformers model, as torch tensors."""
-    import torch
-
-    keys = {"input_ids": torch.from_numpy(probe.ids)}
-    keys["attention_mask"] = torch.ones_like(keys["input_ids"])
-    keys.update({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in probe.images.items()})
-    kind = config["model_type"]
-    if kind in MROPE:
-        keys["mm_token_type_ids"] = (keys["input_ids"] == _image_id(config)).int()
-    if kind in ("gemma3", "paligemma"):
-        keys["token_type_ids"] = torch.zeros_like(keys["input_ids"])
-    return keys
-
-
-def torch_logits(model, config: dict, probes: Iterable[Probe]) -> list[np.ndarray]:
-    """Logits float32 (T, V) of each probe from a transformers (or peft) model on its device."""
-    import torch
-
-    with torch.no_grad():
-        return [model(**torch_inputs(config, p)).logits[0].float().numpy() for p in probes]
-
-
-def load_torch(folder: str | Path, *, dtype: str = "float32"):
-    """The transformers model of a folder; also returns its loading report (missing, unexpected, mismatched)."""
-    import transformers
-
-    config = read_config(folder)
-    cls = getattr(transformers, config["architectures"][0])
-    model, info = cls.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
-    )
-    return model.eval(), info
-
-
-Logits = Callable[[list[Probe]], list[np.ndarray]]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-
-import numpy as np
 
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.shards import copied, open_checkpoint, write_checkpoint
@@ -56,26 +53,3 @@ def as_version_4(source: Path, destination: Path, *, in_memory_names: bool = Fal
         outputs.append(copied(tensor, fam.memory_name(family, disk) if in_memory_names else disk))
     write_checkpoint(destination, outputs)
     return destination
-
-
-def as_mlx_saves(folder: Path, destination: Path, *, noise: float = 0.0, seed: int = 0):
-    """Load a converted folder, change every weight a little, and save it as mlx-vlm or mlx-lm would.
-
-    Returns (destination, the changed module).
-    """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten, tree_unflatten
-
-    from mpi_mlx.models import probe
-
-    net = probe.load_net(folder)
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, value in tree_flatten(net.parameters()):
-        factor = 1 + noise * rng.standard_normal(value.shape).astype(np.float32)
-        weights[name] = (value * mx.array(factor)).astype(value.dtype)
-    net.update(tree_unflatten(list(weights.items())))
-    destination.mkdir(parents=True)
-    mx.save_safetensors(str(destination / "model.safetensors"), weights, metadata={"format": "mlx"})
-    shutil.copy(folder / "config.json", destination / "config.json")
-    return destination, net

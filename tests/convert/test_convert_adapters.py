@@ -10,7 +10,8 @@ from hand_made import LLAMA, QWEN_VL, write_model
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.adapters import Adapter, LowRank, read_mlx_adapter, unify, write_mlx_adapter
 from mpi_mlx.convert.fuse import fuse
-from mpi_mlx.convert.peft import _scale, from_peft, to_peft, write_peft_adapter
+from mpi_mlx.convert.peft import from_peft, to_peft
+from mpi_mlx.convert.peft_files import module_scale, write_peft_adapter
 from mpi_mlx.convert.shards import open_checkpoint, read_header, to_float32
 from mpi_mlx.convert.weights import to_hf, to_mlx
 from mpi_mlx.errors import ConversionError
@@ -70,10 +71,10 @@ def test_one_rank_and_one_scale_for_all():
 
 def test_pefts_scale_patterns():
     config = {"lora_alpha": 8, "alpha_pattern": {"q_proj": 2, r"layers\.1\..*v_proj": 6}}
-    assert _scale(config, "model.layers.0.self_attn.q_proj", 4) == 0.5
-    assert _scale(config, "model.layers.1.self_attn.v_proj", 4) == 1.5
-    assert _scale(config, "model.layers.0.self_attn.v_proj", 4) == 2.0
-    assert _scale({**config, "use_rslora": True}, "model.layers.0.mlp.up_proj", 4) == 4.0
+    assert module_scale(config, "model.layers.0.self_attn.q_proj", 4) == 0.5
+    assert module_scale(config, "model.layers.1.self_attn.v_proj", 4) == 1.5
+    assert module_scale(config, "model.layers.0.self_attn.v_proj", 4) == 2.0
+    assert module_scale({**config, "use_rslora": True}, "model.layers.0.mlp.up_proj", 4) == 4.0
 
 
 def test_mlx_lm_keys_are_relative_where_all_layers_are_alike(base, tmp_path):
@@ -247,7 +248,7 @@ def test_tensors_that_differ_from_the_base_become_saved_modules(base, tmp_path):
     assert own["base"] == str(tmp_path / "back" / "model")
 
 
-# --- refusals ------------------------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_of_another_model_is_refused(base, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-import hf_models  # noqa: E402
 
+from mpi_mlx.convert import specimens as hf_models  # noqa: E402
+from mpi_mlx.convert import torch_side  # noqa: E402
 from mpi_mlx.convert.fuse import fuse  # noqa: E402
 from mpi_mlx.convert.peft import from_peft, to_peft  # noqa: E402
 from mpi_mlx.convert.shards import open_checkpoint, read_header  # noqa: E402
@@ -45,8 +46,8 @@ KINDS = {
 }
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "llava-llama", "llama")
 # the rest of the families with one kind that touches everything
-OTHERS = ("qwen2_vl", "qwen3_5", "idefics3", "llava_onevision", "internvl", "gemma3", "paligemma", "qwen2", "qwen3",
-          "gemma3_text")  # fmt: skip
+OTHERS = ("qwen2_vl", "qwen3_5", "idefics3", "llava_onevision", "internvl", "gemma3", "paligemma", "qwen2",
+          "qwen3", "gemma3_text")  # fmt: skip
 TIED_ONLY = {"gemma3", "paligemma"}
 
 
@@ -70,7 +71,7 @@ def bases(tmp_path_factory):
 
 def adapt(base, folder, seed=0, **options):
     """A peft adapter with every tensor random, saved; returns the peft model."""
-    model, _ = probe.load_torch(base)
+    model, _ = torch_side.load_torch(base)
     keys = {"r": 4, "lora_alpha": 6, **options}
     model = peft.get_peft_model(model, peft.LoraConfig(**keys))
     torch.manual_seed(seed)
@@ -88,7 +89,7 @@ def adapt(base, folder, seed=0, **options):
 
 def torch_logits(base, model):
     config = probe.read_config(base)
-    return probe.torch_logits(model, config, probe.probe_inputs(config))
+    return torch_side.torch_logits(model, config, probe.probe_inputs(config))
 
 
 def mlx_logits(mlx, adapter):
@@ -115,13 +116,13 @@ def test_both_ways(bases, tmp_path, family, kind):
     hf, mlx = bases(family)
     model = adapt(hf, tmp_path / "peft", **options_of(kind, family))
     reference = torch_logits(hf, model)
-    assert worst(reference, torch_logits(hf, probe.load_torch(hf)[0])) > 0.05
+    assert worst(reference, torch_logits(hf, torch_side.load_torch(hf)[0])) > 0.05
     report = from_peft(tmp_path / "peft", tmp_path / "adapter", base=mlx, check=False)
     base = tmp_path / "adapter" / "model" if kind == "projector" else mlx
     assert worst(mlx_logits(base, tmp_path / "adapter"), reference) < 1e-5
     assert "adapted modules" in report.covered
     to_peft(tmp_path / "adapter", tmp_path / "back", base=hf, check=False)
-    again = peft.PeftModel.from_pretrained(probe.load_torch(hf)[0], tmp_path / "back").eval()
+    again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
     assert worst(torch_logits(hf, again), reference) < 1e-5
     if "patterns" not in kind:
         before, after = (read_header(tmp_path / n / "adapter_model.safetensors")[0] for n in ("peft", "back"))
@@ -138,7 +139,7 @@ def test_the_other_families(bases, tmp_path, family):
     assert report.worst < limit and len(report.errors) == len(probe.probe_inputs(probe.read_config(hf)))
     back = to_peft(tmp_path / "adapter", tmp_path / "back", base=mlx)
     assert back.worst < limit
-    again = peft.PeftModel.from_pretrained(probe.load_torch(hf)[0], tmp_path / "back").eval()
+    again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
     assert worst(torch_logits(hf, again), torch_logits(hf, model)) < 1e-6
 
 
@@ -194,7 +195,10 @@ def test_fused_equals_pefts_merge(bases, tmp_path, family, kind):
     assert worst(mlx_logits(tmp_path / "fused", None), torch_logits(hf, model)) < 1e-5
     merged = to_hf(tmp_path / "adapter", tmp_path / "hf", merge=True, base=mlx)
     assert merged.worst < 1e-5 and any("transformers" in k for k in merged.errors)
-    ours, theirs = probe.load_torch(tmp_path / "hf")[0].state_dict(), model.merge_and_unload().state_dict()
+    ours, theirs = (
+        torch_side.load_torch(tmp_path / "hf")[0].state_dict(),
+        model.merge_and_unload().state_dict(),
+    )
     assert set(ours) == set(theirs)
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
 
@@ -210,7 +214,7 @@ def test_training_goes_on_here_from_the_same_loss(bases, tmp_path):
     import mlx.optimizers as optim
 
     hf, mlx = bases("llama")
-    base, _ = probe.load_torch(hf)
+    base, _ = torch_side.load_torch(hf)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 128, (1, 24)))
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -297,5 +301,5 @@ def test_mlx_saved_modules_go_to_peft(bases, tmp_path):
     mx.eval(weights)
     mx.save_safetensors(path, weights)
     to_peft(tmp_path / "adapter", tmp_path / "back", base=hf, check=False)
-    again = peft.PeftModel.from_pretrained(probe.load_torch(hf)[0], tmp_path / "back").eval()
+    again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
     assert worst(torch_logits(hf, again), mlx_logits(mlx, tmp_path / "adapter")) < 1e-5

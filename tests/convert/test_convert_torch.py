@@ -8,10 +8,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-import hf_models  # noqa: E402
-from hf_layouts import as_mlx_saves, as_version_4  # noqa: E402
+from hf_layouts import as_version_4  # noqa: E402
 
+from mpi_mlx.convert import specimens as hf_models  # noqa: E402
+from mpi_mlx.convert import torch_side  # noqa: E402
 from mpi_mlx.convert.shards import open_checkpoint  # noqa: E402
+from mpi_mlx.convert.specimens import as_mlx_saves  # noqa: E402
 from mpi_mlx.convert.weights import to_hf, to_mlx  # noqa: E402
 from mpi_mlx.errors import ConversionError  # noqa: E402
 from mpi_mlx.models import probe  # noqa: E402
@@ -49,9 +51,9 @@ def saved(tmp_path_factory):
             folder = root / f"{kind}-{tied}"
             hf_models.build(kind, tied).save_pretrained(folder)
             config = probe.read_config(folder)
-            model, info = probe.load_torch(folder)
+            model, info = torch_side.load_torch(folder)
             assert not info["missing_keys"] and not info["unexpected_keys"]
-            made[kind, tied] = folder, probe.torch_logits(model, config, probe.probe_inputs(config))
+            made[kind, tied] = folder, torch_side.torch_logits(model, config, probe.probe_inputs(config))
         return made[kind, tied]
 
     return get
@@ -67,13 +69,13 @@ def mlx_errors(folder, reference):
 
 def torch_errors(folder, reference):
     """Errors of transformers on a folder, which must load with no key missing, unexpected or mismatched."""
-    model, info = probe.load_torch(folder)
+    model, info = torch_side.load_torch(folder)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), (
         info
     )
     config = probe.read_config(folder)
     probes = probe.probe_inputs(config)
-    ours = probe.torch_logits(model, config, probes)
+    ours = torch_side.torch_logits(model, config, probes)
     return {p.name: probe.relative_error(a, b) for p, a, b in zip(probes, ours, reference, strict=True)}
 
 
@@ -105,7 +107,7 @@ def test_to_hf_of_a_trained_mlx_folder(saved, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["gemma3", "smolvlm"])
 def test_a_head_that_diverged_from_a_tied_embedding(saved, tmp_path, kind):
-    """MLX keeps a separate head for tied gemma3 and smolvlm; training moves it apart, so the export unties."""
+    """MLX keeps a separate head for tied gemma3 and smolvlm; training moves it apart: the export unties."""
     source, _ = saved(kind, True)
     to_mlx(source, tmp_path / "mlx", check=False)
     folder, net = as_mlx_saves(tmp_path / "mlx", tmp_path / "trained", noise=0.05)
@@ -134,14 +136,14 @@ def test_layouts_of_transformers_4(saved, tmp_path, kind, in_memory_names):
 
 @pytest.mark.parametrize("kind", hf_models.FAMILIES)
 def test_round_trip_is_bit_exact_in_bfloat16(tmp_path, kind):
-    """HF -> MLX -> saved by MLX -> HF: every tensor keeps its bits (qwen3_5's norms copied from the source)."""
+    """HF -> MLX -> saved by MLX -> HF: every tensor keeps its bits (qwen3_5's norms from the source)."""
     model = hf_models.build(kind, kind in TIED_ONLY).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
     saved, _ = as_mlx_saves(tmp_path / "mlx", tmp_path / "saved")
     to_hf(saved, tmp_path / "back", check=False, base=tmp_path / "source", shard_bytes=60_000)
-    again, info = probe.load_torch(tmp_path / "back", dtype="bfloat16")
+    again, info = torch_side.load_torch(tmp_path / "back", dtype="bfloat16")
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before, after = model.state_dict(), again.state_dict()
     assert set(before) == set(after)
@@ -183,15 +185,20 @@ REFUSED = [
     ("smolvlm", lambda c: c["text_config"]["rope_parameters"].update(rope_type="linear", factor=2.0),
      "smolvlm with rope scaling 'linear'"),
     ("idefics3", lambda c: c["text_config"].update(head_dim=32), "idefics3 with head_dim 32"),
-    ("internvl", lambda c: c["text_config"].update(model_type="qwen2"), "internvl with text_config.model_type = 'qwen2'"),
-    ("gemma3", lambda c: c["text_config"].update(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 4),
+    ("internvl", lambda c: c["text_config"].update(model_type="qwen2"),
+     "internvl with text_config.model_type = 'qwen2'"),
+    ("gemma3",
+     lambda c: c["text_config"].update(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 4),
      "gemma3 with layer_types"),
     ("gemma3", lambda c: c.update(tie_word_embeddings=False), "gemma3 with tie_word_embeddings = False"),
-    ("llava-llama", lambda c: c.update(vision_feature_layer=[-2, -1]), "llava with several vision_feature_layer"),
+    ("llava-llama", lambda c: c.update(vision_feature_layer=[-2, -1]),
+     "llava with several vision_feature_layer"),
     ("llava-llama", lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0),
      "llava with rope scaling 'dynamic'"),
-    ("qwen2", lambda c: c.update(use_sliding_window=True, sliding_window=8), "qwen2 with use_sliding_window = True"),
-    ("qwen3_vl", lambda c: c["vision_config"]["rope_parameters"].update(rope_theta=5e5), "rope_theta = 500000.0"),
+    ("qwen2", lambda c: c.update(use_sliding_window=True, sliding_window=8),
+     "qwen2 with use_sliding_window = True"),
+    ("qwen3_vl", lambda c: c["vision_config"]["rope_parameters"].update(rope_theta=5e5),
+     "rope_theta = 500000.0"),
 ]  # fmt: skip
 
 
@@ -224,11 +231,11 @@ def test_rope_scaling_that_mlx_obeys(tmp_path, kind, scaling):
     text.rope_parameters = {"rope_theta": 5000.0, **scaling}
     model.save_pretrained(tmp_path / "source")
     config = probe.read_config(tmp_path / "source")
-    again, _ = probe.load_torch(tmp_path / "source")
+    again, _ = torch_side.load_torch(tmp_path / "source")
     probes = probe.probe_inputs(config, length=40)
     to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
     net = probe.load_net(tmp_path / "mlx")
     ours = probe.mlx_logits(net, config, probes)
     plain = {**config}
-    for a, b in zip(ours, probe.torch_logits(again, plain, probes), strict=True):
+    for a, b in zip(ours, torch_side.torch_logits(again, plain, probes), strict=True):
         assert probe.relative_error(a, b) < 1e-5

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from checkpoints import write_qwen2_5_vl  # noqa: E402
 from family_checkpoints import write_qwen3_vl, write_smolvlm, write_text  # noqa: E402
 
+from mpi_mlx.convert import torch_side  # noqa: E402
 from mpi_mlx.convert.fuse import fuse  # noqa: E402
 from mpi_mlx.convert.peft import from_peft, to_peft  # noqa: E402
 from mpi_mlx.convert.weights import to_hf  # noqa: E402
@@ -72,15 +73,15 @@ def test_ten_steps_here_then_peft_and_transformers(tmp_path, family, kind):
     assert max(probe.relative_error(a, b) for a, b in zip(plain, ours, strict=True)) > 1e-3
 
     to_peft(tmp_path / "adapter", tmp_path / "peft", base=tmp_path / "hf", check=False)
-    base, info = probe.load_torch(tmp_path / "hf")
+    base, info = torch_side.load_torch(tmp_path / "hf")
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    theirs = probe.torch_logits(
+    theirs = torch_side.torch_logits(
         peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval(), config, probes
     )
     assert max(probe.relative_error(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
 
     fuse(tmp_path / "adapter", tmp_path / "fused", base=folder, check=False)
-    merged = probe.torch_logits(probe.load_torch(tmp_path / "fused")[0], config, probes)
+    merged = torch_side.torch_logits(torch_side.load_torch(tmp_path / "fused")[0], config, probes)
     assert max(probe.relative_error(a, b) for a, b in zip(merged, ours, strict=True)) < 1e-5
 
     # and back: training goes on from the loss it left

@@ -125,7 +125,7 @@ def test_the_card_names_base_and_license(tmp_path):
     assert "# my.model" in card
 
 
-# --- refusals: one sentence, and no folder --------------------------------------------------------------------
+# --- refusals: one sentence, and no folder -----------------------------------------------------------------
 
 
 def refused(tmp_path, match, error=ConversionError, **keys):
@@ -243,3 +243,8 @@ def test_converting_twice_changes_nothing(tmp_path):
     assert same(stored(tmp_path / "one"), stored(tmp_path / "two"))
     one, two = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("one", "two"))
     assert one == two
+
+
+def test_weights_quantized_by_another_tool(tmp_path):
+    write_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(tmp_path, "is quantized by gptq: convert the float checkpoint")
