@@ -102,7 +102,8 @@ def mended(raw: dict, errors: Sequence[dict]) -> tuple[dict, set[Keys]]:
             continue
         value = owner.pop(path[-1])
         if error["type"] == "extra_forbidden":
-            near = get_close_matches(str(path[-1]), [k for k in fields_of(path[:-1], raw) if k not in owner], 1)
+            free = [key for key in fields_of(path[:-1], raw) if key not in owner]
+            near = get_close_matches(str(path[-1]), free, 1)
             if near:
                 owner[near[0]] = value
         else:

@@ -174,7 +174,7 @@ class RlStage(_Stage):
         None, gt=0, lt=1, description="The ratio is clipped below 1 - clip_low. Default: clip_high, else 0.2."
     )
     clip_high: Float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low, else 0.2; dapo 0.28."
+        None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low; dapo 0.28."
     )
     kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference.")
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
