@@ -18,29 +18,56 @@ from mpi_mlx.errors import ModelError
 
 MASKED = -1e9
 _CAUSAL_BLOCK = 128  # queries a block: keys after the block are never looked at
+_KEEP_BYTES = 16 * 2**20
+"""Scores of one call up to this size are kept for the backward pass; larger ones are computed again."""
+_BLOCK_BYTES = 32 * 2**20
+"""Scores that are alive at once: longer queries are taken in blocks."""
 
 Part = tuple[mx.array, mx.array]
 
 
 def attention_over_parts(
-    queries: mx.array, parts: Sequence[Part], biases: Sequence[mx.array | None], scale: float
+    queries: mx.array,
+    parts: Sequence[Part],
+    biases: Sequence[mx.array | None],
+    scale: float,
+    keep: bool | None = None,
 ) -> mx.array:
     """Attention (B, Hq, T, D) of `queries` over the keys of all `parts` together, differentiable.
 
     A part is keys and values (S, H, L, D) with S a divisor of B, used by B / S consecutive rows each.
-    `biases` are added to the scores; they broadcast to (S or B, 1, T, L), None adds nothing.
+    `biases` are added to the scores; they broadcast to (S or B, 1, T, L), None adds nothing. `keep` the
+    exponentials for the backward pass, or compute them again there; None decides by size. Where they are not
+    kept, memory does not grow with T x L.
     """
     rows, heads, length, size = queries.shape
+    score_bytes = 4 * rows * heads * length * sum(keys.shape[2] for keys, _ in parts)
+    if keep is None:
+        keep = score_bytes <= _KEEP_BYTES
+    if score_bytes > _BLOCK_BYTES and length > 1:
+        step = max(1, length * _BLOCK_BYTES // score_bytes)
+        blocks = [slice(start, start + step) for start in range(0, length, step)]
+        return mx.concatenate(
+            [
+                attention_over_parts(queries[:, :, b], parts, [_cut(bias, b) for bias in biases], scale, keep)
+                for b in blocks
+            ],
+            axis=2,
+        )
     groups = parts[0][0].shape[1]
     # heads first: then a part's rows are neighbours, and every reshape below is free
     queries = (queries * scale).reshape(rows, groups, heads // groups * length, size).swapaxes(0, 1)
     flat = [x.swapaxes(0, 1) for part in parts for x in part]
-    output = _over_parts(tuple(biases), length)(queries, *flat)[0]
+    output = _over_parts(tuple(biases), length, keep)(queries, *flat)[0]
     output = output.reshape(groups, rows, heads // groups, length, -1).swapaxes(0, 1)
     return output.reshape(rows, heads, length, -1)
 
 
-def _over_parts(biases: tuple[mx.array | None, ...], length: int) -> Callable:
+def _cut(bias: mx.array | None, block: slice) -> mx.array | None:
+    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, block]
+
+
+def _over_parts(biases: tuple[mx.array | None, ...], length: int, keep: bool) -> Callable:
     """The custom function: queries (H, B, n, D), keys and values (H, S, L, D) of each part."""
 
     def scores(queries, keys, bias):
@@ -74,19 +101,24 @@ def _over_parts(biases: tuple[mx.array | None, ...], length: int) -> Callable:
             output, total = (part, share) if output is None else (output + part, total + share)
             powers.append(power)
         inverse = 1.0 / total
-        return (output * inverse.astype(output.dtype), inverse, *powers)
+        return (output * inverse.astype(output.dtype), inverse, *(powers if keep else [largest]))
 
     @attend.vjp
     def backward(primals, cotangents, outputs):
         queries, keys, values = primals[0], primals[1::2], primals[2::2]
-        output, inverse, *powers = outputs
+        output, inverse, *kept = outputs
         cotangent = cotangents[0] * inverse.astype(output.dtype)
         delta = (cotangent * output).sum(axis=-1, keepdims=True)
         grad_queries, grads = None, []
-        for power, key, value in zip(powers, keys, values, strict=True):
-            into = (*power.shape[:-1], -1)
-            cot = cotangent.reshape(into)
-            spread = power * (cot @ value.swapaxes(-1, -2) - delta.reshape(into))
+        for i, (key, value, bias) in enumerate(zip(keys, values, biases, strict=True)):
+            into = (queries.shape[0], key.shape[1], -1, queries.shape[-1])
+            if keep:
+                power = kept[i]
+            else:
+                top = kept[0].reshape(*into[:2], -1, 1)
+                power = elementwise.exp(scores(queries, key, bias) - top).astype(value.dtype)
+            cot = cotangent.reshape(*into[:3], value.shape[-1])
+            spread = power * (cot @ value.swapaxes(-1, -2) - delta.reshape(*into[:3], 1))
             part = (spread @ key).reshape(queries.shape)
             grad_queries = part if grad_queries is None else grad_queries + part
             grads += [spread.swapaxes(-1, -2) @ queries.reshape(into), power.swapaxes(-1, -2) @ cot]
@@ -97,7 +129,8 @@ def _over_parts(biases: tuple[mx.array | None, ...], length: int) -> Callable:
 
 def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Causal attention (B, Hq, T, D) of T queries over T keys, in blocks that skip the keys after them."""
-    length, outputs = queries.shape[2], []
+    rows, heads, length, _ = queries.shape
+    keep, outputs = 2 * rows * heads * length**2 <= _KEEP_BYTES, []
     if keys.shape[2] != length:
         raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
     for start in range(0, length, _CAUSAL_BLOCK):
@@ -108,7 +141,7 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
         if start:
             parts.insert(0, (keys[:, :, :start], values[:, :, :start]))
             biases.insert(0, None)
-        outputs.append(attention_over_parts(queries[:, :, start:stop], parts, biases, scale))
+        outputs.append(attention_over_parts(queries[:, :, start:stop], parts, biases, scale, keep))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -14,9 +14,14 @@ LLAMA = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(params=[True, False], ids=["polynomial", "mlx"])
+@pytest.fixture(params=["polynomial", "mlx", "recomputed", "in blocks"])
 def slow(request, monkeypatch):
-    monkeypatch.setattr(elementwise, "is_slow", lambda x: request.param)
+    """Both ways to take exponentials, kept or not, at once or in blocks."""
+    monkeypatch.setattr(elementwise, "is_slow", lambda x: request.param != "mlx")
+    if request.param in ("recomputed", "in blocks"):
+        monkeypatch.setattr(attention, "_KEEP_BYTES", 0)
+    if request.param == "in blocks":
+        monkeypatch.setattr(attention, "_BLOCK_BYTES", 600)
 
 
 def arrays(*shapes):
