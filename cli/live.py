@@ -7,6 +7,7 @@ from mpi_mlx_cli.results import result_table, show_end, show_interrupted
 from mpi_mlx_cli.state import RunState, Stage, clock, many, size
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -32,6 +33,7 @@ NUMBERS = (
 )
 TALL = 32  # lines of a terminal that has room for curves and results at once
 CURVE_WIDTH = 44
+WIDEST = 120
 MINOR = "bright_black"
 
 
@@ -91,7 +93,8 @@ class LiveView:
             self.console.print(report.text, markup=False, highlight=False, soft_wrap=True)
 
     def render(self) -> RenderableType:
-        return render(self.state, self.console.height)
+        # Room for the ^C that a terminal echoes: were it to wrap, the next frame would start a line too low.
+        return Constrain(render(self.state, self.console.height), min(self.console.width - 3, WIDEST))
 
 
 def render(state: RunState, height: int = 100) -> RenderableType:

@@ -7,6 +7,7 @@ from mpi_mlx_cli.plain import PlainView
 from mpi_mlx_cli.results import result_table
 from mpi_mlx_cli.state import RunState
 from rich.console import Console
+from rich.text import Text
 
 from mpi_mlx.training import reports as r
 
@@ -129,6 +130,8 @@ def test_live_view_runs_in_a_terminal_and_ends_with_the_result():
     assert "the document has 412 tokens" in text
     assert "mpi-mlx chat runs/quickstart" in text and "runs/quickstart/report.md" in text
     assert "92.8%" in text
+    longest = max(len(line) for line in Text.from_ansi(text).plain.splitlines())
+    assert longest <= 97  # room for the terminal's ^C
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is shown again
 
 
