@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mpi_mlx.errors import RecipeError
-from mpi_mlx.recipe_errors import error_lines
+from mpi_mlx.recipe_errors import error_lines, mended, stands
 from mpi_mlx.recipe_schema import (
     BenchmarkData,
     EvaluationSpec,
@@ -87,10 +87,21 @@ def _validate(document: Document, folder: Path) -> Recipe:
         recipe = Recipe.model_validate(document.raw, context={"folder": folder})
     except ValidationError as error:
         errors = error.errors(include_url=False)
+        errors += _more_errors(document.raw, errors, folder)
     if errors or document.errors or recipe is None:
         raise RecipeError("\n".join(error_lines(document, errors)))
     recipe._folder = folder
     return recipe
+
+
+def _more_errors(raw: dict, errors: list[dict], folder: Path) -> list[dict]:
+    """Contradictions that the schema does not come to before the ``errors`` are mended."""
+    raw, gone = mended(raw, errors)
+    try:
+        Recipe.model_validate(raw, context={"folder": folder})
+    except ValidationError as error:
+        return [found for e in error.errors(include_url=False) if (found := stands(e, gone))]
+    return []
 
 
 def _find(path: str) -> tuple[Path, str]:

@@ -258,6 +258,11 @@ def test_one_wrong_key_or_value(put, old, new, line):
         (("epochs: 3", "epochs: 3, patience: 2"), "6: stages.1.patience: needs validations; set validate_every"),
         (("grpo", "dapo", "kl_coef: 0.0", "kl_coef: 0.1"), "11: stages.2.kl_coef: dapo has no KL term; set it to 0, or algorithm: grpo"),
         (("policy_aware: 8", "group_size: 1"), "10: stages.2.group_size: a group needs two completions; raise group_size or policy_aware"),
+        (("epochs: 3", "epochs: 3, group_size: 4"), "6: stages.1.group_size: unknown key here: only rl has it"),
+        (("kl_coef: 0.0", "clip_low: 0.1\n    clip_high: 0.28"), "12: stages.2.clip_high: grpo clips both sides alike; set it to clip_low, or algorithm: dapo"),
+        (("kl_coef: 0.0", "clip_low: 0.4\n    clip_high: 0.28"), "11: stages.2.clip_low: found 0.4, allowed: clip_high (0.28) or less"),
+        (("policy_aware: 8", "importance_weight: true"), "10: stages.2.importance_weight: weighs policy-aware completions; set policy_aware"),
+        (("seed: 7", "conditions: [relation], clevr_root: c"), "3: data.conditions: relation cannot be asked of CLEVR's own pictures; leave it out"),
         (("kl_coef: 0.0", "overlong_buffer: 64"), "11: stages.2.overlong_buffer: must be below max_completion_tokens (64)"),
         (("kl_coef: 0.0", "refill: true"), "11: stages.2.refill: nothing to refill; set drop_constant: true as well"),
         (("weight: 1.0", "weight: 0", "weight: 0.1", "weight: 0"), "13: stages.2.rewards: every weight is 0; give one of them weight"),
@@ -296,9 +301,19 @@ def test_all_errors_of_a_file_at_once_in_its_order(put):
     )  # fmt: skip
     lines = refused(put(*changes), "stages.sft.warmp=0")
     assert [line.split(": ")[1] for line in lines[:-1]] == [
-        "lora.rank", "data.stlye", "stages.0.learning_rte", "stages.2.kl_coef", "stages.2.rewards.0.kind", "seed",
+        "lora.rank", "data.stlye", "stages.0.learning_rte", "stages.1.epochs", "stages.2.kl_coef",
+        "stages.2.rewards.0.kind", "seed",
     ]  # fmt: skip
     assert lines[-1] == '--set stages.sft.warmp=0: stages.1.warmp: unknown key; did you mean "warmup"?'
+
+
+def test_what_is_left_out_for_being_wrong_is_not_missed_elsewhere(put):
+    assert len(refused(put("epochs: 3", "epochs: -3"))) == 1
+    assert len(refused(put("train: 8", "train: many", "rl: 2000, ", ""))) == 1
+    assert len(refused(put("data: {", "data: 3 #"))) == 1
+    own = "{document: 3, train: [t.jsonl], rl: r.jsonl}"
+    stages = "[{stage: cpt, steps: 1}, {stage: rl, steps: 1, policy_aware: 4}]"
+    assert len(refused(put(text=f"model: m\ndata: {own}\nstages: {stages}"))) == 2
 
 
 # ---- files that are no recipes
