@@ -145,6 +145,31 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale:
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
+def packed_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    runs: Sequence[Sequence[tuple[int, int]]],
+) -> mx.array:
+    """Causal attention (B, Hq, T, D) within `runs` of tokens: [(start, stop), ...] for each row, in order.
+
+    Each run is computed alone, so nothing is spent on masked pairs; tokens in no run give zeros.
+    """
+    rows, length = [], queries.shape[2]
+    for row, spans in enumerate(runs):
+        pieces, done = [], 0
+        for start, stop in [*spans, (length, length)]:
+            if start > done:
+                pieces.append(mx.zeros((1, queries.shape[1], start - done, values.shape[3]), queries.dtype))
+            if stop > start:
+                run = [x[row : row + 1, :, start:stop] for x in (queries, keys, values)]
+                pieces.append(causal_attention(*run, scale))
+            done = stop
+        rows.append(pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2))
+    return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+
+
 def route_attention(net: nn.Module) -> None:
     """Route the attention (and, where exp is slow, the SwiGLU) of a net's layers through this project's.
 
@@ -165,7 +190,7 @@ def _routed(original: Callable) -> Callable:
     @wraps(original)
     def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **options):
         attend = getattr(cache, "attend", None)
-        if attend is not None:
+        if attend is not None and (not hasattr(cache, "plain") or elementwise.is_slow(queries)):
             if options.get("sinks") is not None:
                 raise ModelError("attention sinks and shared prefixes do not go together; take another base")
             return attend(queries, keys, values, scale, mask)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mpi_mlx import elementwise
 from mpi_mlx.errors import ModelError
 from mpi_mlx.models import kv
 from mpi_mlx.models.building import build_net
@@ -63,7 +64,12 @@ def padded(rows):
     return out
 
 
-def test_packed_rows_equal_single_sequences(stack):
+@pytest.fixture(params=[True, False], ids=["run by run", "mask"])
+def packing(request, monkeypatch):
+    monkeypatch.setattr(elementwise, "is_slow", lambda x: request.param)
+
+
+def test_packed_rows_equal_single_sequences(stack, packing):
     a, b, c = words(np.random.default_rng(0), 7, 12, 9)
     ids = padded([np.concatenate([a, b]), c])
     segments = np.array([[1] * 7 + [2] * 12, [1] * 9 + [0] * 10])
@@ -75,7 +81,7 @@ def test_packed_rows_equal_single_sequences(stack):
     close(hidden[1, :9], stack.alone(c))
 
 
-def test_packed_gradients_equal_single_sequences(stack):
+def test_packed_gradients_equal_single_sequences(stack, packing):
     a, b = words(np.random.default_rng(1), 5, 8)
     segments = np.array([[1] * 5 + [2] * 8 + [0] * 3])
     weight = mx.random.normal((32,))
