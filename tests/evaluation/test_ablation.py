@@ -18,12 +18,12 @@ from mpi_mlx.recipe import Recipe
 from mpi_mlx.training.run import train
 
 DATA = {"benchmark": "clevr_policy", "depth": 1, "train": 2, "rl": 4, "test": 3}
-# random weights write random letters: some completions hold one of these, some do not
-REWARDS = [{"kind": "regex", "pattern": "[aeiou]", "of": "completion"}]
+# random weights write random letters: no answer is right, but some are longer than others
+REWARD = "def length(completions, examples):\n    return [len(c) for c in completions]\n"
 SMALL = {"batch_size": 2, "learning_rate": 1e-3}
 
 
-def small_recipe(**changes):
+def small_recipe(rewards=({"kind": "format"},), **changes):
     return Recipe.model_validate(
         {
             "model": {"base": "embedded:tiny", "init": "random"},
@@ -34,7 +34,8 @@ def small_recipe(**changes):
                 {"stage": "sft", "steps": 2, "document_fraction": 0.5, **SMALL},
                 {
                     "stage": "rl", "steps": 1, "prompts": 1, "group_size": 2, "policy_aware": 2,
-                    "max_completion_tokens": 4, "clip_high": 0.2, "learning_rate": 1e-3, "rewards": REWARDS,
+                    "max_completion_tokens": 4, "clip_high": 0.2, "learning_rate": 1e-3,
+                    "rewards": list(rewards),
                 },
             ],
             "evaluation": {"max_completion_tokens": 4, "forgetting": False},
@@ -87,7 +88,9 @@ def lines(folder):
 
 
 def test_a_study_forks_resumes_and_reports(tmp_path):
-    base, sweeps = small_recipe(), {"data.depth": [1, 2]}
+    (tmp_path / "mine.py").write_text(REWARD)
+    rewards = [{"kind": "function", "function": f"{tmp_path}/mine.py:length"}]
+    base, sweeps = small_recipe(rewards=rewards), {"data.depth": [1, 2]}
     chosen = choose_variants(["base", "sft", "sft+policyrollout"])
     cells = plan(base, chosen, [5], sweeps, choose_variants(["sft"]))
     reports = list(run_ablation(base, cells, tmp_path / "study", sweeps=sweeps))
@@ -112,7 +115,7 @@ def test_a_study_forks_resumes_and_reports(tmp_path):
     text = (tmp_path / "study" / "ablation.md").read_text()
     assert "3 runs over 1 documents (seeds 5); 1 are still to be run" in text
     assert "| CoT-SFT + PolicyRollout - CoT-SFT |" in text
-    changed = small_recipe(seed=0, data={**DATA, "test": 2})
+    changed = small_recipe(rewards=rewards, data={**DATA, "test": 2})
     with pytest.raises(CheckpointError, match="another recipe"):
         list(run_ablation(changed, cells, tmp_path / "study", sweeps=sweeps))
 
