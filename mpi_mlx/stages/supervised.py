@@ -69,7 +69,8 @@ class SupervisedSource:
             # Rows with the document share its prefix; rows without it share too little to gain by it.
             chosen = [rows[i] for i in order if mine[i][1] == carries]
             for start in range(0, len(chosen), self.spec.batch_size):
-                micros.append(micro_batch(chosen[start : start + self.spec.batch_size], self.model.pad_id))
+                some = chosen[start : start + self.spec.batch_size]
+                micros.append(micro_batch(some, self.model.pad_id, packed=True))
         count, tokens = world.sum_numbers(
             [sum(m.count for m in micros), float(sum(len(r) for r in rows))]
         )
@@ -118,7 +119,7 @@ def validation_loss(model, examples: Sequence, document: PolicyDocument | None, 
     model.net.eval()
     total, count = 0.0, 0.0
     for start in range(0, len(rows), spec.batch_size):
-        micro = micro_batch(rows[start : start + spec.batch_size], model.pad_id)
+        micro = micro_batch(rows[start : start + spec.batch_size], model.pad_id, packed=True)
         logprobs, weights = micro_logprobs(model, micro)
         loss, number = sft_loss(logprobs, weights)
         total, count = total + loss.item(), count + number.item()

@@ -163,19 +163,30 @@ def _before_unshared_image(rows: Sequence[Row], length: int) -> int:
 
 
 def micro_batch(
-    rows: Sequence[Row], pad_id: int, *, groups: Sequence[Sequence[int]] | None = None, min_prefix: int = 24
+    rows: Sequence[Row],
+    pad_id: int,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    min_prefix: int = 24,
+    packed: bool = False,
 ) -> MicroBatch:
     """One forward's worth of rows.
 
     ``groups``: row indices that share a prefix, each group with its own (default: try all rows as one
     group). A prefix shorter than ``min_prefix`` tokens is not worth its own pass and is not split off.
+    ``packed``: rows without a shared prefix may be put several into one (``packing.pack``).
     """
     groups = [list(range(len(rows)))] if groups is None else [list(g) for g in groups]
     shared = [common_prefix([rows[i] for i in g]) if len(g) > 1 else 0 for g in groups]
     identities = tuple(rows[i].identity for g in groups for i in g)
     if min(shared) < min_prefix:
         pieces = [(rows[i].encoded, rows[i].weights, 0, len(rows[i])) for g in groups for i in g]
-        return MicroBatch(_block(pieces, pad_id), identities=identities)
+        block = _block(pieces, pad_id)
+        if packed:
+            from mpi_mlx.training.packing import pack
+
+            block = pack(block)
+        return MicroBatch(block, identities=identities)
     heads, tails, owner = [], [], []
     for p, (g, length) in enumerate(zip(groups, shared, strict=True)):
         # The prefix predicts tokens 1 .. length-1; its last token is carried, and continued, by each tail.

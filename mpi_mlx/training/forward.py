@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.models.kv import Block as RowBlock
-from mpi_mlx.models.kv import Prefix, recording_caches, shared_prefix_caches
+from mpi_mlx.models.kv import PackedMask, Prefix, recording_caches, shared_prefix_caches
 from mpi_mlx.training.batch import Block, MicroBatch
 from mpi_mlx.training.losses import token_logprobs
+from mpi_mlx.training.packing import PackedBlock
 
 
 def _embedded(model, block: Block, features: mx.array | None) -> mx.array:
@@ -28,7 +29,9 @@ def hidden_states(
     tails = micro.tails
     embeds, positions = _embedded(model, tails, features[1]), _axes(model, tails.position_ids)
     if micro.prefix is None:
-        return None, model.hidden(embeds, positions, None)
+        packed = isinstance(tails, PackedBlock)
+        cache = [PackedMask(tails.segments)] * model.num_layers if packed else None
+        return None, model.hidden(embeds, positions, cache)
     prefix = micro.prefix
     recorded = recording_caches(model.num_layers)
     before = model.hidden(

@@ -49,17 +49,16 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(block: Block, capacity: int | None = None) -> Block:
     """The sequences of a padded block in fewer rows of `capacity` tokens (the block's width by default).
 
-    Returns the block itself where that would not save a sixth of it, or where images stand in the rows (their
-    order would change).
+    Returns the block itself where that would not save a sixth of it.
     """
     rows, width = block.ids.shape
     capacity = max(capacity or 0, width)
     bins = first_fit(block.lengths.tolist(), capacity)
     used = max(sum(int(block.lengths[i]) for i in b) for b in bins)
     used = -(-used // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    if block.images or len(bins) * used > WORTHWHILE * rows * width:
+    if len(bins) * used > WORTHWHILE * rows * width:
         return block
-    shape = (len(bins), used)
+    shape, images = (len(bins), used), _images_by_row(block)
 
     def moved(array: np.ndarray, axis: int = 0) -> np.ndarray:
         out = np.zeros((*array.shape[:axis], *shape), array.dtype)
@@ -81,6 +80,18 @@ def pack(block: Block, capacity: int | None = None) -> Block:
         lengths=np.array([sum(int(block.lengths[i]) for i in b) for b in bins], np.int32),
         targets=moved(block.targets),
         weights=moved(block.weights),
+        images=tuple(image for members in bins for i in members for image in images[i]),
         visual=moved(block.visual),
     )
     return PackedBlock(**vars(plain), segments=moved(numbers))
+
+
+def _images_by_row(block: Block) -> list[list]:
+    """The block's images, which are in reading order, row by row."""
+    left, rows = list(block.images), []
+    for count in block.visual.sum(axis=1).tolist():
+        mine: list = []
+        while sum(image.num_tokens for image in mine) < count:
+            mine.append(left.pop(0))
+        rows.append(mine)
+    return rows

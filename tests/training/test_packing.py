@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 
 from mpi_mlx.training.batch import Block
@@ -32,3 +35,13 @@ def test_pack_by_hand():
 def test_nothing_to_gain_is_left_alone():
     even = block(8, 7, 8)
     assert pack(even) is even
+
+
+def test_images_go_with_their_rows():
+    a, b, c = (SimpleNamespace(name=n, num_tokens=t) for n, t in (("a", 2), ("b", 1), ("c", 1)))
+    padded = block(3, 8, 2, 3)
+    visual = padded.visual.copy()
+    visual[0, 1:3] = visual[1, 4] = visual[2, 1] = True
+    packed = pack(replace(padded, images=(a, b, c), visual=visual))
+    assert [image.name for image in packed.images] == ["b", "a", "c"]
+    assert np.argwhere(packed.visual).tolist() == [[0, 4], [1, 1], [1, 2], [1, 7]]
