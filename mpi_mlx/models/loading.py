@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mpi_mlx.errors import ModelError
+from mpi_mlx.models.attention import route_attention
 from mpi_mlx.models.base import Model
 from mpi_mlx.models.building import build_net, is_multimodal, model_type, text_classes
 from mpi_mlx.models.families import Qwen2_5VL, TextFamily
@@ -143,6 +144,7 @@ def _cast(net: nn.Module, choose: Any) -> None:
 
 def _assemble(net: nn.Module, folder: Path, config: dict, base: str, max_pixels: int | None) -> Model:
     kind = _FAMILIES.get(model_type(config), TextFamily)
+    route_attention(net)
     if kind.is_multimodal:
         processor = _load_processor(folder)
         tokenizer = processor.tokenizer
