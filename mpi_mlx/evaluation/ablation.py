@@ -22,6 +22,7 @@ from mpi_mlx.evaluation.grid import BASE, Cell, cell_recipe, fork_parent
 from mpi_mlx.evaluation.results import load_results
 from mpi_mlx.evaluation.study import CellResult
 from mpi_mlx.evaluation.study_report import write_study
+from mpi_mlx.training.reports import Interrupted
 
 DONE = "cell.json"  # written last: the cell is finished
 
@@ -71,22 +72,27 @@ def run_ablation(
 
     Yields:
         CellStarted, then the reports of :func:`mpi_mlx.train`, then CellFinished; StudyWritten after each
-        document's last cell and at the end.
+        document's last cell and at the end. Ends after an Interrupted.
 
     Raises:
+        RecipeError: ``base`` lacks a stage that a variant needs; before anything is trained.
         CheckpointError: a cell's folder holds the run of another recipe.
     """
     output = Path(output)
     todo = list(mine or cells)
-    for number, cell in enumerate(todo, 1):
+    # All of them first: a variant that the recipe cannot serve is known before hours of training.
+    recipes = [cell_recipe(base, cell, str(output / cell.folder)) for cell in todo]
+    for number, (cell, recipe) in enumerate(zip(todo, recipes, strict=True), 1):
         folder = output / cell.folder
-        recipe = cell_recipe(base, cell, str(folder))
         known = finished(folder, recipe)
         if known is None:
             parent = _fork(cell, cells, base, output, recipe)
             name = parent.variant.name if parent else None
             yield CellStarted(cell, number, len(todo), name, len(parent.variant.stages) if parent else 0)
-            yield from _train_cell(cell, recipe, folder)
+            for report in _train_cell(cell, recipe, folder):
+                yield report
+                if isinstance(report, Interrupted):
+                    return
             write_json_atomic(folder / DONE, asdict(_result(cell, folder)))
         yield CellFinished(cell, number, len(todo), _result(cell, folder), known is not None)
         following = todo[number] if number < len(todo) else None

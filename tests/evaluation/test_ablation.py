@@ -15,7 +15,8 @@ from mpi_mlx.evaluation.ablation import (
 )
 from mpi_mlx.evaluation.grid import Cell, cell_recipe, choose_variants, plan
 from mpi_mlx.recipe import Recipe
-from mpi_mlx.training.run import train
+from mpi_mlx.training.reports import Interrupted, StepReport
+from mpi_mlx.training.run import request_stop, train
 
 DATA = {"benchmark": "clevr_policy", "depth": 1, "train": 2, "rl": 4, "test": 3}
 # random weights write random letters: no answer is right, but some are longer than others
@@ -118,6 +119,20 @@ def test_a_study_forks_resumes_and_reports(tmp_path):
     changed = small_recipe(rewards=rewards, data={**DATA, "test": 2})
     with pytest.raises(CheckpointError, match="another recipe"):
         list(run_ablation(changed, cells, tmp_path / "study", sweeps=sweeps))
+
+
+def test_a_stopped_study_goes_on_where_it_was(tmp_path):
+    base = small_recipe()
+    cells = plan(base, choose_variants(["sft"]), [5])
+    reports = []
+    for report in run_ablation(base, cells, tmp_path, sweeps={}):
+        reports.append(report)
+        if isinstance(report, StepReport):
+            request_stop()
+    assert isinstance(reports[-1], Interrupted) and not (tmp_path / cells[0].folder / "cell.json").exists()
+    again = list(run_ablation(base, cells, tmp_path, sweeps={}))
+    assert [r.step for r in again if isinstance(r, StepReport)] == [2]
+    assert isinstance(again[-1], StudyWritten) and again[-1].missing == 0
 
 
 def test_an_interrupted_fork_leaves_no_folder(tmp_path, monkeypatch):
