@@ -11,6 +11,7 @@ from typing import Any
 from mpi_mlx.errors import RecipeError
 
 BASE = "base"
+TOKENS_PER_LEVEL = 12  # of a trace: a section's name, its question and the answer to it
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -137,6 +138,7 @@ def cell_recipe(base, cell: Cell, output: str):
     """The recipe of a cell: ``base`` (a Recipe) with the variant's stages, the cell's document and setting.
 
     The document and its scenes come from the cell's number (``data.seed``), and so does the run's ``seed``.
+    Deeper documents get more room for their longer traces.
 
     Raises:
         RecipeError: ``base`` lacks a stage that the variant needs, or a setting does not exist.
@@ -148,12 +150,18 @@ def cell_recipe(base, cell: Cell, output: str):
     if cell.variant.stages:  # base trains nothing and keeps the recipe's, unused
         raw["stages"] = [_stage(change, known) for change in cell.variant.stages]
     raw["seed"] = cell.document
+    raw.pop("processes", None)  # a study is spread over processes by document (part_of)
     if "benchmark" in raw["data"]:
         raw["data"]["seed"] = cell.document
         raw["data"].pop("document_seed", None)
     for key, value in cell.setting:
         _put(raw, key, value)
+    deeper = dict(cell.setting).get("data.depth", 0) - (recipe_value(base, "data.depth") or 0)
     raw["evaluation"] = {**raw.get("evaluation", {}), "after": [raw["stages"][-1]["stage"]]}
+    if deeper > 0:
+        for block in (raw["evaluation"], *raw["stages"]):
+            if "max_completion_tokens" in block:
+                block["max_completion_tokens"] += TOKENS_PER_LEVEL * deeper
     raw["output"] = output
     try:
         recipe = type(base).model_validate(raw, context={"folder": base.folder})

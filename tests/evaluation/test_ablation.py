@@ -63,7 +63,8 @@ def test_recipes_of_the_cells():
     assert cell_recipe(base, cell("sft_matched"), "out").stages[0].steps == 3
     deep = cell_recipe(base, cell("sft", setting=(("data.depth", 4), ("data.train", 20))), "out")
     assert (deep.data.depth, deep.data.train, deep.data.seed, deep.seed) == (4, 20, 5, 5)
-    assert list(deep.evaluation.after) == ["sft"] and deep.output == "out"
+    assert deep.evaluation.max_completion_tokens == 4 + 3 * 12  # depth 4 instead of 1
+    assert deep.stages[0].steps == 2 and list(deep.evaluation.after) == ["sft"] and deep.output == "out"
 
 
 def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
