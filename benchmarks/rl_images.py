@@ -1,0 +1,60 @@
+"""An RL step on image prompts against mlx-vlm's GRPO trainer, and what PolicyRollout adds to ours.
+
+python benchmarks/rl_images.py [--repeats 5] [--only plain|document|policy_rollout]
+"""
+
+import argparse
+
+import common
+
+
+def prompts(document: str | None = None) -> list[dict]:
+    images = common.pictures(4)
+    return [
+        {"text": common.words(120, i), "image": image, **({"system": document} if document else {})}
+        for i, image in enumerate(images)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=["plain", "document", "policy_rollout"])
+    options = parser.parse_args()
+    folder = str(common.checkpoint("qwen2_5_vl"))
+    document = common.words(1000, 99)
+    for name, text, group, target in (("plain", None, 8, 6), ("document", document, 16, 12)):
+        if options.only not in (None, name):
+            continue
+        work = dict(checkpoint=folder, prompts=prompts(text), group=group, tokens=48)
+        sides = [
+            common.Side("mpi-mlx", "ours_rl.py", **work),
+            common.Side("mlx-vlm", "mlx_vlm_grpo.py", common.peer_python("mlx-vlm"), **work),
+        ]
+        results = common.alternate(sides, options.repeats)
+        ratio = common.median(results["mlx-vlm"]) / common.median(results["mpi-mlx"])
+        show(results)
+        print(f"{name}: mlx-vlm takes {ratio:.2f} x our time (wanted: at least {target})")
+        common.save(f"rl_images_{name}", {"ratio": ratio, "wanted": target, "results": results})
+    if options.only in (None, "policy_rollout"):
+        work = dict(checkpoint=folder, prompts=prompts(), group=8, tokens=48)
+        sides = [
+            common.Side("plain", "ours_rl.py", **work),
+            common.Side("policy rollout", "ours_rl.py", **work, document=document, policy_aware=8),
+        ]
+        results = common.alternate(sides, options.repeats)
+        ratio = common.median(results["policy rollout"]) / common.median(results["plain"])
+        show(results)
+        print(f"PolicyRollout takes {ratio:.2f} x a plain step's time (wanted: at most 2.3)")
+        common.save("policy_rollout", {"ratio": ratio, "wanted": 2.3, "results": results})
+
+
+def show(results: dict) -> None:
+    for name, rows in results.items():
+        rollout, total = common.median(rows, "rollout_seconds"), common.median(rows)
+        cpu, peak = common.median(rows, "cpu_seconds"), common.median(rows, "peak") / 2**20
+        print(f"{name:15s} {total:7.3f} s a step, {rollout:.3f} of it rollout; {cpu:.3f} CPU; {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
