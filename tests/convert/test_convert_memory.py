@@ -13,12 +13,15 @@ from mpi_mlx.convert.shards import Output, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64,
-          "num_key_value_heads": 8, "vocab_size": 60_000, "num_hidden_layers": 12}  # fmt: skip
-SHARD = 62_000_000  # the embedding alone has 61 MB
+          "num_key_value_heads": 8, "vocab_size": 24_000, "num_hidden_layers": 6}  # fmt: skip
+SHARD = 25_000_000  # the embedding alone has 24.6 MB
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from mpi_mlx.convert import layout, shards
 from mpi_mlx.convert.weights import to_mlx
+# blocks as small against these shards as the real ones are against real shards
+shards.COPY_BYTES, layout.BLOCK_VALUES = 1 << 18, 1 << 16
 small, big, out, dtype = sys.argv[1:]
 keys = dict(check=False, dtype=None if dtype == "None" else dtype)
 to_mlx(small, out + "-small", **keys)
