@@ -15,6 +15,7 @@ from mpi_mlx.data.conditions import Condition, Filter, candidate, filters
 from mpi_mlx.data.scenes import ATTRIBUTES, CELL_NAMES, GRID, Scene, SceneArrays, SceneObject, random_scenes
 from mpi_mlx.data.vocabulary import REPLIES, SECTION_NAMES
 
+COMMON = 16
 SPLIT = (0.2, 0.8)  # each condition says yes to this share of the scenes that reach its section
 
 
@@ -56,7 +57,7 @@ class PolicyTree:
 
     def walk_text(self, steps: list[tuple[int, bool]]) -> str:
         return " ".join(
-            f"{self.names[i]}: {self.conditions[i].phrase}? {'yes' if yes else 'no'}." for i, yes in steps
+            f"{self.names[i]} {self.conditions[i].phrase}? {'yes' if yes else 'no'}." for i, yes in steps
         )
 
     def to_dict(self) -> dict:
@@ -100,8 +101,9 @@ def random_tree(
         condition, yes = _splitting_condition(rng, kinds, pool, scenes, reach[node], conditions)
         conditions.append(condition)
         reach += [reach[node][yes], reach[node][~yes]]
-    names = rng.permutation(len(SECTION_NAMES))[: len(conditions)]
-    replies = rng.permutation(len(REPLIES))[: 2**depth]
+    # Up to depth 4 all documents draw on the same 16 names and 16 replies: fewer words for a tiny model to match.
+    names = rng.permutation(max(COMMON, len(conditions)))[: len(conditions)]
+    replies = rng.permutation(max(COMMON, 2**depth))[: 2**depth]
     return PolicyTree(
         depth, tuple(conditions), tuple(SECTION_NAMES[i] for i in names), tuple(REPLIES[i] for i in replies)
     )
@@ -126,11 +128,7 @@ def _splitting_condition(rng, kinds, pool, scenes, reach, before) -> tuple[Condi
 
 # --- wording -------------------------------------------------------------------------------------------
 
-_COMPACT = (
-    "## {name}: {phrase}?\nIf so, {yes}; else {no}.",
-    "## {name}: {phrase}?\nIf yes, {yes}. If no, {no}.",
-    "## {name}: {phrase}?\nFound: {yes}. Not found: {no}.",
-)
+_COMPACT = "## {name} {phrase}? {name} yes {yes}, {name} no {no}."
 _NATURAL = (
     "## {name}\nIf there is {clause}, {yes}; otherwise {no}.",
     "## {name}\nLook for {clause}. If you find it, {yes}. If not, {no}.",
@@ -139,6 +137,10 @@ _NATURAL = (
 )
 _GO = ("go to {}", "continue with {}", "see {}")
 _REPLY = ("reply {}", "answer {}", "say {}")
+_COMPACT_INTRO = (
+    "# Rulebook\nStart at {start}. A section asks about the picture; a name sends you on, a word is the reply.",
+    "# Reply rules\nBegin with section {start} and follow the names. The first plain word is the reply.",
+)
 _INTRO = (
     "# Rulebook\nLook at the picture, start at {start} and follow the sections. Reply with one word.",
     "# How to reply\nEvery picture gets one word. Begin with section {start}.",
@@ -149,7 +151,7 @@ _INTRO = (
 def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = "natural") -> str:
     """The tree as Markdown: an introduction, then one section a condition in random order.
 
-    ``wording``: ``compact`` (each section is headed by its question), ``natural`` (full sentences in varied
+    ``wording``: ``compact`` (a section's question is its heading, then where yes and no lead), ``natural`` (full sentences in varied
     wording) or ``mixed`` (one of the two, drawn for the document).
     """
     if wording == "mixed":
@@ -158,12 +160,15 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
 
     def action(node: int) -> str:
         name = tree.target(node)
+        if compact:
+            return name or tree.replies[node - len(tree.names)]
         return go.format(name) if name else reply.format(tree.replies[node - len(tree.names)])
 
-    lines = [_INTRO[int(rng.integers(len(_INTRO)))].format(start=tree.names[0])]
+    compact = wording == "compact"
+    intros = _COMPACT_INTRO if compact else _INTRO
+    lines = [intros[int(rng.integers(len(intros)))].format(start=tree.names[0])]
     for i in rng.permutation(len(tree.conditions)):
-        templates = _COMPACT if wording == "compact" else _NATURAL
-        template = templates[int(rng.integers(len(templates)))]
+        template = _COMPACT if compact else _NATURAL[int(rng.integers(len(_NATURAL)))]
         condition = tree.conditions[i]
         lines.append(
             template.format(
@@ -176,7 +181,7 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
 
 # --- the checker ---------------------------------------------------------------------------------------
 
-_STEP = re.compile(r"(\w+): ([a-z ]+)\? (yes|no)\.")
+_STEP = re.compile(r"(\w+) ([a-z ]+)\? (yes|no)\.")
 
 
 def parse_description(text: str) -> Scene | None:
@@ -210,7 +215,7 @@ def check_trace(reasoning: str | None, answer: str, tree: PolicyTree) -> float:
     steps, leaf = tree.walk(scene)
     expected = [(tree.names[i], tree.conditions[i].phrase, "yes" if yes else "no") for i, yes in steps]
     found = _STEP.findall(walk)
-    clean = " ".join(f"{n}: {p}? {v}." for n, p, v in found) == " ".join(walk.split())
+    clean = " ".join(f"{n} {p}? {v}." for n, p, v in found) == " ".join(walk.split())
     if clean and found == expected and answer.strip() == tree.replies[leaf]:
         return 1.0
     right = sum(a == b for a, b in zip(found, expected, strict=False))

@@ -12,11 +12,11 @@ import numpy as np
 
 from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN, completion_text
 from mpi_mlx.data.conditions import Condition, Filter, filters
-from mpi_mlx.data.policy_tree import PolicyTree, document_text, random_tree
+from mpi_mlx.data.policy_tree import COMMON, PolicyTree, document_text, random_tree
 from mpi_mlx.data.scenes import ATTRIBUTES, CELL_NAMES, Scene, SceneArrays, random_scenes
 from mpi_mlx.data.vocabulary import QUERIES, REPLIES, SECTION_NAMES
 
-TASKS = ("document", "walk", "recall", "repeat", "check", "describe", "ask")
+TASKS = ("document", "walk", "recall", "lookup", "repeat", "check", "describe", "ask")
 POOL_STEPS = 20  # the pool of candidate scenes is drawn anew every so many steps
 POOL_SIZE = 4000
 QUESTIONS = 14  # conditions in a `check` row
@@ -78,6 +78,11 @@ def draw_step(
         leaves = tree.leaves(pool)
         for kind in about_documents[start : start + scenes_per_document]:
             tasks.append(_DOCUMENT_TASKS[kind](rng, tree, pool, leaves, len(documents) - 1))
+    for start in range(0, counts["lookup"], scenes_per_document):
+        lines = _list_lines(rng)
+        documents.append("# List\n\n" + "\n\n".join(f"## {name} {text}." for name, text in lines) + "\n")
+        for _ in range(min(scenes_per_document, counts["lookup"] - start)):
+            tasks.append(_lookup_task(rng, lines, len(documents) - 1))
     tasks += [_repeat_task(rng) for _ in range(counts["repeat"])]
     makers = {"check": _check_task, "describe": _describe_task, "ask": _ask_task}
     for kind, make in makers.items():
@@ -114,7 +119,7 @@ def _walk_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, doc
         at = 2 * at + (1 if yes else 2)
     said = " ".join("yes" if yes else "no" for _, yes in steps)
     reply = tree.replies[at - len(tree.conditions)]
-    return Task("walk", f"Walk {said}.", completion_text(tree.walk_text(steps), reply), None, document)
+    return Task("walk", f"Walk {said}.", completion_text(f"nothing. {tree.walk_text(steps)}", reply), None, document)
 
 
 def _recall_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, document: int) -> Task:
@@ -124,9 +129,27 @@ def _recall_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, d
         yes, no = (
             tree.target(node) or tree.replies[node - len(tree.names)] for node in (2 * i + 1, 2 * i + 2)
         )
-        lines.append((tree.names[i], f"{tree.names[i]}: {tree.conditions[i].phrase}? yes {yes}, no {no}."))
+        lines.append((tree.names[i], f"{tree.names[i]} {tree.conditions[i].phrase}? {tree.names[i]} yes {yes}, {tree.names[i]} no {no}."))
     asked = " ".join(name for name, _ in lines)
     return Task("recall", f"Recall {asked}.", " ".join(text for _, text in lines), None, document)
+
+
+def _list_lines(rng) -> list[tuple[str, str]]:
+    """Names, each with one to three random words: a document without structure."""
+    words = (*REPLIES[:COMMON], *(v for values in ATTRIBUTES.values() for v in values))
+    names = rng.permutation(COMMON)[: int(rng.integers(3, COMMON))]
+    return [
+        (SECTION_NAMES[i], " ".join(words[j] for j in rng.integers(len(words), size=int(rng.integers(1, 4)))))
+        for i in names
+    ]
+
+
+def _lookup_task(rng, lines: list[tuple[str, str]], document: int) -> Task:
+    """Looking up names that stand once each, however far back."""
+    chosen = [lines[i] for i in rng.permutation(len(lines))[:5]]
+    asked = " ".join(name for name, _ in chosen)
+    answer = " ".join(f"{name} {text}." for name, text in chosen)
+    return Task("lookup", f"Recall {asked}.", answer, None, document)
 
 
 def _repeat_task(rng) -> Task:
