@@ -1,0 +1,148 @@
+"""What chat and server share of generation: prompts into caches, logits into tokens, ids into text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache
+
+from mpi_mlx.models.pieces import Piece, embed_pieces
+
+PREFILL_STEP = 1024  # tokens a forward: bounds activations, and how long a stop waits
+
+
+def codes(encoded) -> np.ndarray:
+    """Token ids (T,) int64, at image placeholders a negative number that stands for the image's content."""
+    found = encoded.ids.astype(np.int64)
+    if encoded.images:
+        digests = [hashlib.sha256(image.key.encode()).digest()[:8] for image in encoded.images]
+        numbers = [-1 - (int.from_bytes(digest, "big") >> 2) for digest in digests]
+        found[encoded.visual] = np.repeat(numbers, [image.num_tokens for image in encoded.images])
+    return found
+
+
+def shared_length(kept: np.ndarray, wanted: np.ndarray) -> int:
+    """Leading tokens that both :func:`codes` share: whole images, and at least one of ``wanted`` is left."""
+    length = min(len(kept), len(wanted) - 1)
+    differs = np.flatnonzero(kept[:length] != wanted[:length])
+    length = int(differs[0]) if len(differs) else length
+    while 0 < length and wanted[length] < 0 and wanted[length] == wanted[length - 1]:
+        length -= 1
+    return length
+
+
+def new_caches(model) -> list[KVCache]:
+    """An empty cache a layer."""
+    return [KVCache() for _ in range(model.num_layers)]
+
+
+def trim(caches: Sequence, length: int) -> None:
+    """Forgets all but the first ``length`` tokens."""
+    for cache in caches:
+        cache.trim(cache.offset - length)
+
+
+def prefill(
+    model,
+    encoded,
+    caches: Sequence,
+    start: int,
+    *,
+    step: int = PREFILL_STEP,
+    stopped: Callable[[], bool] = lambda: False,
+) -> mx.array | None:
+    """Forwards tokens [start, T) after those in ``caches``; the last hidden state (1, D) or None."""
+    hidden = None
+    while start < len(encoded):
+        if stopped():
+            return None
+        stop = _cut(encoded, start, step)
+        embeds, positions, _ = embed_pieces(model, [Piece(encoded, start, stop)])
+        hidden = model.hidden(embeds, positions, caches)[:, -1]
+        mx.eval(hidden, [cache.keys for cache in caches], [cache.values for cache in caches])
+        start = stop
+    return hidden
+
+
+def _cut(encoded, start: int, step: int) -> int:
+    """Where the next piece ends: not within an image."""
+    stop = min(start + step, len(encoded))
+    ends = np.cumsum([image.num_tokens for image in encoded.images])
+    places = np.flatnonzero(encoded.visual)
+    for end, image in zip(ends, encoded.images, strict=True):
+        first, last = int(places[end - image.num_tokens]), int(places[end - 1])
+        if first < stop <= last:
+            return first if first > start else last + 1
+    return stop
+
+
+def forward_token(model, tokens: mx.array, positions: np.ndarray, caches: Sequence) -> mx.array:
+    """Hidden states (B, D) after one more token (B,) at rotary positions (B,)."""
+    place = mx.array(np.asarray(positions, np.int32)[:, None])
+    if model.uses_mrope:
+        place = mx.broadcast_to(place[None], (3, *place.shape))
+    return model.hidden(model.embed(tokens[:, None]), place, caches)[:, 0]
+
+
+class Draw:
+    """Tokens (B,) from hidden states (B, D), each row with its own temperature and nucleus."""
+
+    def __init__(self, model):
+        self.model = model
+        allowed = np.ones(model.vocab_size, bool)
+        allowed[sorted(model.visual_ids)] = False
+        self.bias = mx.where(mx.array(allowed), 0.0, -mx.inf) if model.visual_ids else None
+
+    def __call__(
+        self, hidden: mx.array, temperature: Sequence[float], top_p: Sequence[float], uniform: Sequence[float]
+    ) -> mx.array:
+        """``uniform`` numbers in [0, 1) choose the tokens, by inverting each row's distribution."""
+        logits = self.model.head(hidden).astype(mx.float32)
+        if self.bias is not None:
+            logits = logits + self.bias
+        best = mx.argmax(logits, axis=-1)
+        heat = np.asarray(temperature, np.float32)
+        if not heat.any():
+            return best
+        chances = mx.softmax(logits / mx.array(np.maximum(heat, 1e-4))[:, None], axis=-1)
+        order = mx.argsort(-chances, axis=-1)
+        chances = mx.take_along_axis(chances, order, axis=-1)
+        before = mx.cumsum(chances, axis=-1) - chances
+        chances = chances * (before < mx.array(np.asarray(top_p, np.float32))[:, None])
+        summed = mx.cumsum(chances, axis=-1)
+        aim = mx.array(np.asarray(uniform, np.float32))[:, None] * (summed[:, -1:] * (1 - 1e-6))
+        place = mx.argmax((summed > aim) & (chances > 0), axis=-1, keepdims=True)
+        drawn = mx.take_along_axis(order, place, axis=-1).squeeze(-1)
+        return mx.where(mx.array(heat > 0), drawn, best)
+
+
+class TextStream:
+    """Ids to text as they come; a character is given out once it is whole."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._from = self._read = 0
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds to the text, perhaps nothing yet."""
+        self._ids.append(int(token))
+        return self._piece(final=False)
+
+    def close(self) -> str:
+        """What was held back."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        known = self._decode(self._ids[self._from : self._read])
+        text = self._decode(self._ids[self._from :])
+        if len(text) <= len(known) or (text.endswith("\ufffd") and not final and self._fresh() < 8):
+            return ""
+        self._from, self._read = self._read, len(self._ids)
+        return text[len(known) :]
+
+    def _fresh(self) -> int:
+        return len(self._ids) - self._read
