@@ -55,7 +55,7 @@ class Optimizer:
     def init(self, parameters: dict) -> None:
         """Makes the (zero) state for a tree of parameters."""
         for (part, _), flat in zip(self.parts, self._split(dict(tree_flatten(parameters))), strict=True):
-            part.init(tree_unflatten(list(flat.items())))
+            part.init(tree_unflatten(list(flat.items())) if flat else {})
 
     def update(self, model, gradients: dict, learning_rate: float) -> None:
         """One step on ``model`` in place."""
