@@ -107,8 +107,8 @@ def _update(module, batch: Batch, objective, spec, optimizer, rate: float, step:
     if gradients is None:
         gradients = tree_map(mx.zeros_like, module.trainable_parameters())
     gradients = world.sum_tree(gradients)
-    names = sorted(sums)
-    joined = world.sum_numbers([total, *(x for n in names for x in sums[n])])
+    names = sorted(set(world.gather_objects(list(sums))))  # a process may have had no rows of some kind
+    joined = world.sum_numbers([total, *(x for n in names for x in sums.get(n, (0.0, 0.0)))])
     loss = joined[0] / max(batch.count, 1e-9)
     measured = {n: joined[1 + 2 * i] / max(joined[2 + 2 * i], 1e-9) for i, n in enumerate(names)}
     scale = 1.0 / max(batch.count, 1e-9)
