@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mpi_mlx.atomic import atomic_write, write_json_atomic
 from mpi_mlx.errors import CheckpointError
+from mpi_mlx.training import world
 
 PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
 
@@ -39,6 +40,7 @@ class RunFolder:
         self.progress: dict = {"stages": {}, "evaluated": []}
         if resume and (path / "progress.json").exists():
             self.progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        world.barrier()  # every process has looked before one writes
         if writes:
             path.mkdir(parents=True, exist_ok=True)
             with atomic_write(recipe_file) as temporary:

@@ -132,12 +132,15 @@ class _Run:
         yield from self._evaluate("base")
         for index, spec in enumerate(recipe.stages):
             if self.folder.stage_done(index):
+                if self.folder.stage_done(index + 1):
+                    continue
                 self._restore(index)
-                continue
-            yield from self._stage(index, spec, stages[index][2])
-            if _stop.is_set():
-                yield Interrupted(recipe.output, f"mpi-mlx train {recipe.source} --resume --output {recipe.output}")
-                return
+            else:
+                yield from self._stage(index, spec, stages[index][2])
+                if _stop.is_set():
+                    yield Interrupted(recipe.output, f"{recipe.command} --resume")
+                    return
+            # A run may have been killed between a stage's end and the end of its evaluation.
             yield from self._evaluate(self._label(index))
         yield from self._finish()
 
@@ -185,6 +188,7 @@ class _Run:
             state = ckpt.load_checkpoint(found[-1][1], module, optimizer)
             source.load_state(state["source"])
             start, best, seconds = state["step"], state.get("best"), state.get("seconds", 0.0)
+        last = start
         folder.truncate_metrics(index, start)
         yield StageStarted(index, spec.stage, total, start)
         began = time.perf_counter()
@@ -207,7 +211,8 @@ class _Run:
             for recorder in self.recorders:
                 recorder.step(index, report)
             yield report
-            step, stop = report.step, self._stop_everywhere()
+            last = step = report.step
+            stop = self._stop_everywhere()
             if spec.validate_every and (step % spec.validate_every == 0 or step == total):
                 loss = validation(self.model, spec, self.dataset)
                 if loss is not None:
@@ -224,7 +229,7 @@ class _Run:
                 save(step)
             if stop:
                 return
-        if best is not None and best["step"] != report.step:
+        if best is not None and best["step"] != last:
             ckpt.load_parameters(ckpt.checkpoint_folder(root, best["step"]), module)
         yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began)
 
@@ -244,9 +249,7 @@ class _Run:
         yield StageFinished(index, spec.stage, seconds)
 
     def _restore(self, index: int) -> None:
-        """Puts the weights at the end of a finished stage back, if no later one is finished."""
-        if self.folder.stage_done(index + 1):
-            return
+        """Puts the weights at the end of a finished stage back."""
         folder = self.folder.stage(index, self.recipe.stages[index].stage)
         if self.pretraining:
             self.model.net.load_weights(str(folder / "model" / "model.safetensors"))
