@@ -75,7 +75,8 @@ def sample_mixed(
         max_tokens: longest completion.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the smallest set of tokens that holds this probability.
-        key: MLX random key; needed unless temperature is 0.
+        key: MLX random key, or one a request (len(requests), 2), which makes a request's tokens independent
+            of the others; needed unless temperature is 0.
         stop_ids: tokens that end a completion and stay in it; the model's `eos_ids` by default. Empty: none.
         max_rows: decode in waves of at most so many rows.
         logprobs: False leaves `Completion.logprobs` zero and spares a softmax when greedy.
@@ -89,7 +90,7 @@ def sample_mixed(
         raise ValueError("sampling at a temperature needs a random key")
     uniforms = None
     if temperature > 0:
-        uniforms = np.array(mx.random.uniform(shape=(rows, max_tokens), key=key))
+        uniforms = _uniforms(key, [n for _, n in requests], max_tokens)
     draw = _Draw(model, temperature, top_p, logprobs)
     stops = np.array(sorted(model.eos_ids if stop_ids is None else stop_ids), np.int32)
     collected = _Collected(rows, max_tokens, stops)
@@ -104,6 +105,14 @@ def sample_mixed(
     done = collected.completions()
     stats.decode_tokens += sum(len(c.ids) for c in done)
     return [done[first[i] : first[i + 1]] for i in range(len(requests))]
+
+
+def _uniforms(key: mx.array, counts: Sequence[int], max_tokens: int) -> np.ndarray:
+    """(rows, max_tokens) in [0, 1)."""
+    if key.ndim == 1:
+        return np.array(mx.random.uniform(shape=(sum(counts), max_tokens), key=key))
+    drawn = [mx.random.uniform(shape=(n, max_tokens), key=k) for n, k in zip(counts, key, strict=True)]
+    return np.concatenate([np.array(d) for d in drawn])
 
 
 def generate_greedy(

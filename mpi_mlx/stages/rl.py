@@ -91,7 +91,7 @@ class RolloutSource:
         drawn: list[RolloutGroup] = []
         rounds = 0
         while True:
-            fresh = self._draw(step, rounds, spec.prompts)
+            fresh = self._draw(spec.prompts)
             drawn += fresh
             rounds += 1
             kept += [g for g in fresh if g.has_signal] if spec.drop_constant else fresh
@@ -115,21 +115,32 @@ class RolloutSource:
 
     # ---- drawing
 
-    def _next_examples(self, count: int) -> list:
+    def _next_positions(self, count: int) -> list[int]:
+        """This process' next places in the endless row of prompts; the processes take turns."""
         size, rank = world.world().size(), world.world().rank()
-        out = []
-        for i in range(count):
-            epoch, at = divmod(self.cursor + i * size + rank, len(self.examples))
-            order = np.random.default_rng([self.seed, 31, epoch]).permutation(len(self.examples))
-            out.append(self.examples[order[at]])
+        out = [self.cursor + i * size + rank for i in range(count)]
         self.cursor += count * size
         return out
 
-    def _draw(self, step: int, round_: int, count: int) -> list[RolloutGroup]:
+    def _example(self, position: int):
+        epoch, at = divmod(position, len(self.examples))
+        order = np.random.default_rng([self.seed, 31, epoch]).permutation(len(self.examples))
+        return self.examples[order[at]]
+
+    def _keys(self, positions: Sequence[int]) -> list[mx.array]:
+        """Random keys (P, 2) of the plain and of the policy-aware completions.
+
+        They belong to a prompt's position, so that however many processes share a step, it draws the same.
+        """
+        numbers = [np.random.SeedSequence([self.seed, 32, p]).generate_state(1)[0] for p in positions]
+        pairs = mx.stack([mx.random.split(mx.random.key(int(n))) for n in numbers])
+        return [pairs[:, 0], pairs[:, 1]]
+
+    def _draw(self, count: int) -> list[RolloutGroup]:
         spec, model = self.spec, self.model
-        examples = self._next_examples(count)
-        key = mx.random.key((self.seed * 7_368_787 + step * 1009 + round_ * 31 + world.world().rank()) % 2**32)
-        keys = mx.random.split(key)
+        positions = self._next_positions(count)
+        examples = [self._example(p) for p in positions]
+        keys = self._keys(positions)
         plain = [model.encode(e.messages, tools=e.tools, generation_prompt=True) for e in examples]
         requests = [(p, spec.group_size) for p in plain]
         options = dict(max_tokens=spec.max_completion_tokens, temperature=spec.temperature, top_p=spec.top_p)
@@ -149,7 +160,9 @@ class RolloutSource:
             with model.adapters_disabled():
                 completions += sample_mixed(model, aware, key=keys[1], **options)
         else:
-            completions = sample_mixed(model, [*requests, *aware], key=keys[0], **options)
+            completions = sample_mixed(
+                model, [*requests, *aware], key=mx.concatenate(keys[: 2 if aware else 1]), **options
+            )
         groups = []
         for n, example in enumerate(examples):
             found = [(c, False) for c in completions[n]]
