@@ -20,10 +20,11 @@ def main() -> None:
         for group in options.groups:
             prompts = [{"text": common.words(length - 16, i)} for i in range(4)]
             work = dict(checkpoint=folder, prompts=prompts, group=group, tokens=48)
-            rows = common.alternate([common.Side("mpi-mlx", "ours_rl.py", **work)], options.repeats)["mpi-mlx"]
+            side = common.Side("mpi-mlx", "ours_rl.py", **work)
+            rows = common.alternate([side], options.repeats)["mpi-mlx"]
             total, rollout = common.median(rows), common.median(rows, "rollout_seconds")
             table[length, group] = {"length": length, "group": group, "seconds": total, "rollout": rollout}
-            print(f"prompts of {length:5d} tokens, groups of {group:3d}: {total:.3f} s, rollout {rollout:.3f}")
+            print(f"prompts of {length:5d}, groups of {group:3d}: {total:.3f} s ({rollout:.3f} rollout)")
     for length in options.lengths:
         pairs = zip(options.groups[:-1], options.groups[1:], strict=True)
         steps = [table[length, b]["seconds"] / table[length, a]["seconds"] for a, b in pairs]
