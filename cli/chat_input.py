@@ -46,7 +46,7 @@ def history_file() -> Path:
 
 
 def prompt_session(commands: dict[str, str]):
-    """A prompt: Enter sends, Alt+Enter or Ctrl+J begins a new line, arrows bring back earlier lines."""
+    """A prompt: Enter sends, Alt+Enter (or a backslash before Enter) begins a new line, arrows bring back earlier lines."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -57,6 +57,7 @@ def prompt_session(commands: dict[str, str]):
     keys = KeyBindings()
 
     @keys.add("enter")
+    @keys.add("c-j")  # what Enter was, where it was typed while an answer was being written
     def _(event) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
@@ -66,7 +67,6 @@ def prompt_session(commands: dict[str, str]):
             buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _(event) -> None:
         event.current_buffer.insert_text("\n")
 

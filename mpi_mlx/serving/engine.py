@@ -1,0 +1,314 @@
+"""Continuous batching: requests join and leave the batch between two tokens.
+
+One thread owns the model. A request is encoded, its prompt forwarded from where the prefix cache ends, and
+its row joins the batch; rows that have ended are taken out. Caches are mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache
+
+from mpi_mlx.errors import MPIError, ServingError
+from mpi_mlx.serving import decoding
+from mpi_mlx.serving.prefixes import PrefixCache
+from mpi_mlx.serving.target import context_length
+from mpi_mlx.serving.variants import Variants
+
+
+class Busy(ServingError):
+    """The queue is full, or the server is stopping."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One completion to make.
+
+    ``encode(model)`` gives the prompt, in the engine's thread. ``emit(kind, value)`` is called there, too:
+    ``("begin", prompt tokens, cached tokens)``, then ``("text", piece)`` ..., then ``("end", reason)``; or
+    ``("error", exception)``.
+    """
+
+    encode: Callable[[Any], Any]
+    emit: Callable[..., None]
+    variant: str
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    cancelled: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class Counters:
+    """What /metrics tells."""
+
+    requests: int = 0
+    refused: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+
+@dataclass(eq=False)
+class _Row:
+    job: Job
+    codes: np.ndarray
+    next_position: int
+    limit: int
+    stream: decoding.TextStream
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs jobs until closed.
+
+    Args:
+        load: makes the base model, called in the engine's thread.
+        variants: name -> adapter folder, or None for the base.
+        max_rows: requests decoded together. max_queue: requests that may wait beyond those.
+        max_prompt: longest prompt in tokens; the model's context bounds it too.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        variants: Mapping[str, Any],
+        *,
+        max_rows: int = 32,
+        max_queue: int = 128,
+        max_prompt: int | None = None,
+        prefix_bytes: int = 1 << 30,
+    ):
+        self.max_rows, self.max_queue, self.max_prompt = max_rows, max_queue, max_prompt
+        self.counters = Counters()
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.model: Any = None
+        self._load, self._folders = load, variants
+        self._waiting: deque[Job] = deque()
+        self._rows: list[_Row] = []
+        self._caches: list[BatchKVCache] | None = None
+        self._condition = threading.Condition()
+        self._closing = False
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="mpi-mlx-engine", daemon=True)
+
+    @property
+    def active(self) -> int:
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def start(self) -> Engine:
+        """Loads the model; raises what loading raises."""
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises Busy."""
+        with self._condition:
+            if self._closing or not self._thread.is_alive():
+                raise Busy("the server is stopping")
+            if len(self._waiting) >= self.max_queue:
+                self.counters.refused += 1
+                raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
+            self.counters.requests += 1
+            self._waiting.append(job)
+            self._condition.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Its row leaves the batch before the next token."""
+        job.cancelled = True
+
+    def close(self) -> None:
+        """Refuses new jobs, finishes those it has, and ends the thread."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            self.model = self._load()
+            self._variants = Variants(self.model, self._folders)
+            self._draw = decoding.Draw(self.model)
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        while True:
+            with self._condition:
+                while not (self._waiting or self._rows or self._closing):
+                    self._condition.wait()
+                if self._closing and not self._waiting and not self._rows:
+                    return
+            try:
+                self._admit()
+                if self._rows:
+                    self._step()
+            except Exception as error:  # a bug or no memory: these requests fail, the server goes on
+                self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for row in self._rows:
+            self.counters.failed += 1
+            row.job.emit("error", error)
+        self._rows, self._caches = [], None
+
+    def _take(self) -> Job | None:
+        """The next job, where it may join: a batch has one adapter, which its oldest job chose."""
+        with self._condition:
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft().emit("end", "cancelled")
+                self.counters.cancelled += 1
+            if not self._waiting or len(self._rows) >= self.max_rows:
+                return None
+            if self._rows and self._waiting[0].variant != self._variants.current:
+                return None
+            return self._waiting.popleft()
+
+    def _admit(self) -> None:
+        """Prefills what may join; a single job between two steps, so that the others keep writing."""
+        while (job := self._take()) is not None:
+            try:
+                self._prefill(job)
+            except Exception as error:
+                self.counters.failed += not isinstance(error, MPIError)
+                job.emit("error", error)
+            if len(self._rows) > 1 and not self._short(job):
+                return
+
+    @staticmethod
+    def _short(job: Job) -> bool:
+        return job.tokens <= 256
+
+    def _prefill(self, job: Job) -> None:
+        begin = time.perf_counter()
+        self._variants.use(job.variant)
+        encoded = job.encode(self.model)
+        context = context_length(self.model) or len(encoded) + job.max_tokens
+        most = min(context - 1, self.max_prompt or context)
+        if len(encoded) > most:
+            raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
+        codes = decoding.codes(encoded)
+        caches, start = self.prefixes.fetch(job.variant, codes)
+        caches = caches or decoding.new_caches(self.model)
+        hidden = decoding.prefill(self.model, encoded, caches, start, stopped=lambda: job.cancelled)
+        if hidden is None:
+            self.counters.cancelled += 1
+            job.emit("end", "cancelled")
+            return
+        job.tokens = len(encoded) - start
+        self.prefixes.put(job.variant, codes, caches)
+        job.emit("begin", len(encoded), start)
+        stream = decoding.TextStream(self.model.decode)
+        limit = min(job.max_tokens, context - len(encoded))
+        row = _Row(job, codes, encoded.next_position, limit, stream, np.random.default_rng(job.seed))
+        self._take_tokens([row], self._tokens([row], hidden))
+        if row.ids and not self._ended(row):
+            self._join(row, caches)
+        self.counters.prompt_tokens += len(encoded)
+        self.counters.cached_tokens += start
+        self.counters.prefill_seconds += time.perf_counter() - begin
+
+    def _join(self, row: _Row, caches) -> None:
+        fresh = [BatchKVCache.merge([cache]) for cache in caches]
+        if self._caches is None:
+            self._caches = fresh
+        else:
+            for ours, new in zip(self._caches, fresh, strict=True):
+                ours.extend(new)
+        self._rows.append(row)
+
+    def _step(self) -> None:
+        """One token for every row."""
+        begin = time.perf_counter()
+        gone = [i for i, row in enumerate(self._rows) if row.job.cancelled]
+        for index in gone:
+            self._finish(self._rows[index], "cancelled")
+        self._keep([i for i in range(len(self._rows)) if i not in gone])
+        if not self._rows:
+            return
+        tokens = mx.array([row.ids[-1] for row in self._rows])
+        positions = np.array([row.next_position + len(row.ids) - 1 for row in self._rows])
+        hidden = decoding.forward_token(self.model, tokens, positions, self._caches)
+        self._take_tokens(self._rows, self._tokens(self._rows, hidden))
+        self.counters.decode_steps += 1
+        ended = {i for i, row in enumerate(self._rows) if self._ended(row)}
+        for index in ended:
+            self._remember(index)
+        self._keep([i for i in range(len(self._rows)) if i not in ended])
+        self.counters.decode_seconds += time.perf_counter() - begin
+
+    def _tokens(self, rows: list[_Row], hidden: mx.array) -> list[int]:
+        jobs = [row.job for row in rows]
+        chances = [row.random.random() for row in rows]
+        return self._draw(hidden, [j.temperature for j in jobs], [j.top_p for j in jobs], chances).tolist()
+
+    def _take_tokens(self, rows: list[_Row], tokens: list[int]) -> None:
+        self.counters.completion_tokens += len(rows)
+        for row, token in zip(rows, tokens, strict=True):
+            row.ids.append(token)
+            row.job.tokens = len(row.ids)
+            if token in self.model.eos_ids:
+                self._finish(row, "stop")
+                continue
+            piece = row.stream.add(token)
+            if piece:
+                row.job.emit("text", piece)
+            if len(row.ids) >= row.limit:
+                self._finish(row, "length")
+
+    def _finish(self, row: _Row, reason: str) -> None:
+        rest = row.stream.close()
+        if rest and reason != "cancelled":
+            row.job.emit("text", rest)
+        self.counters.cancelled += reason == "cancelled"
+        row.job.emit("end", reason)
+        row.limit = 0
+
+    @staticmethod
+    def _ended(row: _Row) -> bool:
+        return row.limit == 0
+
+    def _remember(self, index: int) -> None:
+        """Keeps a finished row's keys and values: the next turn of a conversation begins with them."""
+        row = self._rows[index]
+        caches = [cache.extract(index) for cache in self._caches]
+        codes = np.concatenate([row.codes, np.array(row.ids[:-1], np.int64)])
+        self.prefixes.put(row.job.variant, codes, caches)
+
+    def _keep(self, stay: list[int]) -> None:
+        if len(stay) == len(self._rows):
+            return
+        self._rows = [self._rows[i] for i in stay]
+        if not stay:
+            self._caches = None
+            return
+        index = mx.array(stay)
+        for cache in self._caches:
+            cache.filter(index)

@@ -1,0 +1,118 @@
+import threading
+
+import pytest
+
+from mpi_mlx.serving.engine import Busy, Engine, Job
+from mpi_mlx.serving.session import ChatSession
+
+
+class Collected:
+    """What a job emitted, and whether it is over."""
+
+    def __init__(self):
+        self.events, self.over = [], threading.Event()
+
+    def __call__(self, kind, *values):
+        self.events.append((kind, *values))
+        if kind in ("end", "error"):
+            self.over.set()
+
+    @property
+    def text(self):
+        return "".join(event[1] for event in self.events if event[0] == "text")
+
+
+def job(question, emit, variant="base", max_tokens=12, **options):
+    messages = [{"role": "user", "content": question}]
+    return Job(
+        lambda model: model.encode(messages, generation_prompt=True), emit, variant, max_tokens, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory):
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    from mpi_mlx.models import load_model
+    from mpi_mlx.models.adapters import save_adapter
+    from mpi_mlx.models.lora import attach_lora
+    from mpi_mlx.recipe import LoraSpec
+
+    model = load_model(tiny_folder)
+    attach_lora(model, LoraSpec(rank=2, alpha=8, targets=["q_proj", "down_proj"]))
+    mx.random.seed(5)
+    model.net.update(tree_map(lambda p: p + mx.random.normal(p.shape), model.net.trainable_parameters()))
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder, adapter):
+    from mpi_mlx.models import load_model
+
+    engine = Engine(
+        lambda: load_model(tiny_folder), {"base": None, "agent": adapter}, max_rows=3, max_queue=20
+    )
+    yield engine.start()
+    engine.close()
+
+
+def alone(tiny_folder, question, adapter=None, max_tokens=12):
+    from mpi_mlx.models import load_model
+
+    session = ChatSession(load_model(tiny_folder, adapter=adapter), max_tokens=max_tokens)
+    return "".join(session.ask(question))
+
+
+def test_a_batch_answers_as_each_request_alone(engine, tiny_folder, adapter):
+    asked = [("How many red cubes are there?", "base", 12), ("yes", "agent", 9), ("If any blue", "base", 5),
+             ("no", "base", 14), ("refuse", "agent", 7)]  # fmt: skip
+    found = [Collected() for _ in asked]
+    for (question, variant, most), emit in zip(asked, found, strict=True):
+        engine.submit(job(question, emit, variant, most))
+    for (question, variant, most), emit in zip(asked, found, strict=True):
+        assert emit.over.wait(60)
+        assert emit.text == alone(tiny_folder, question, adapter if variant == "agent" else None, most)
+        assert emit.events[0][0] == "begin" and emit.events[-1][0] == "end"
+
+
+def test_prefixes_are_shared_by_adapter_only(engine):
+    question = "If any object is blue then refuse, otherwise say the colour"
+    for variant, known in (("base", False), ("base", True), ("agent", False)):
+        emit = Collected()
+        engine.submit(job(question, emit, variant))
+        assert emit.over.wait(60)
+        _, tokens, cached = emit.events[0]
+        assert (cached == tokens - 1) if known else (cached < 30), (variant, cached, tokens)
+
+
+def test_cancelled_and_refused_and_too_long(engine):
+    emit = Collected()
+    long = job("yes", emit, max_tokens=1500, temperature=1.0, seed=3)
+    engine.submit(long)
+    engine.cancel(long)
+    assert emit.over.wait(60)
+    assert emit.events[-1] in (("end", "cancelled"), ("end", "stop"))
+    emit = Collected()
+    engine.submit(job("yes no " * 2500, emit))
+    assert emit.over.wait(60)
+    assert "at most 2,047" in str(emit.events[0][1])
+    engine.max_queue, before = 0, engine.max_queue
+    with pytest.raises(Busy, match="waiting"):
+        engine.submit(job("yes", Collected()))
+    engine.max_queue = before
+
+
+def test_closing_finishes_what_was_asked(tiny_folder):
+    from mpi_mlx.models import load_model
+
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}).start()
+    found = [Collected() for _ in range(4)]
+    for emit in found:
+        engine.submit(job("yes", emit))
+    engine.close()
+    assert all(emit.events[-1][0] == "end" for emit in found)
+    with pytest.raises(Busy, match="stopping"):
+        engine.submit(job("yes", Collected()))
