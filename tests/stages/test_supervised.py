@@ -1,0 +1,167 @@
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mpi_mlx.documents import PolicyDocument
+from mpi_mlx.errors import DataError
+from mpi_mlx.recipe import CptStage, SftStage
+from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, encode_example, validation_loss
+from mpi_mlx.training.fit import fit
+from mpi_mlx.training.optimizer import Optimizer
+
+RULES = PolicyDocument.from_text("If there is a red cube reply yes. Otherwise reply no. " * 3, "rules")
+
+
+def cross_entropies(model, row):
+    """-log p of each trained token, in numpy from all logits of the row by itself."""
+    e = row.encoded
+    features = mx.concatenate(model.features(e.images)) if e.images else None
+    logits = model.head(model.hidden(model.embed(e.ids[None], features), mx.array(e.position_ids[:, None])))
+    logits = np.array(logits[0], np.float64)
+    logprobs = logits - logits.max(-1, keepdims=True)
+    logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
+    trained = np.flatnonzero(row.weights)
+    return -logprobs[trained - 1, e.ids[trained]]
+
+
+def step_loss(model, batch):
+    objective = SupervisedObjective(model)
+    return sum(objective(micro)[0].item() for micro in batch.micros) / batch.count
+
+
+def test_what_is_trained(model, dataset):
+    example = dataset.train[0]
+    said = f"<think>{example.reasoning}</think>\n{example.answer}"
+
+    def trained(row):
+        return model.tokenizer.decode(row.encoded.ids[row.weights > 0])
+
+    sft = encode_example(model, example, None, "sft")
+    assert trained(sft) == said + "<|im_end|>" and sft.identity == example.id
+    direct = encode_example(model, example, None, "sft", reasoning=False)
+    assert trained(direct) == example.answer + "<|im_end|>"
+    cpt = encode_example(model, example, RULES, "cpt")
+    text = trained(cpt)
+    assert RULES.text.strip() in text and said in text and example.messages[0]["content"][1]["text"] in text
+    e = cpt.encoded
+    assert e.visual.sum() == 9 and not cpt.weights[e.visual].any()
+    assert cpt.weights.sum() == len(cpt) - 9 - 1  # but the first token, which nothing predicts
+    with pytest.raises(DataError, match="has no answer; stage sft needs labelled examples"):
+        encode_example(model, replace(example, answer=None), None, "sft")
+
+
+@pytest.mark.parametrize("stage", ["cpt", "sft"])
+def test_the_loss_is_plain_cross_entropy(model, dataset, stage):
+    spec = CptStage(stage="cpt", steps=1, batch_size=3) if stage == "cpt" else SftStage(
+        stage="sft", steps=1, batch_size=3, document_fraction=0.5)  # fmt: skip
+    source = SupervisedSource(model, dataset.train, RULES, spec, seed=1)
+    batch = source.batch(0)
+    picked = [source._pick(i) for i in range(3)]
+    if stage == "sft":
+        assert {carries for _, carries in picked} == {False, True}  # both kinds in one step
+    rows = [encode_example(model, dataset.train[i], RULES if c else None, stage) for i, c in picked]
+    expected = np.concatenate([cross_entropies(model, row) for row in rows])
+    assert batch.count == len(expected) and batch.tokens == sum(map(len, rows))
+    assert step_loss(model, batch) == pytest.approx(expected.mean(), rel=1e-5)
+    assert set(batch.identities) == {dataset.train[i].id for i, _ in picked}
+
+
+def test_accumulation_equals_one_big_batch(adapted, dataset):
+    """Rows of unequal lengths, with and without the document, four at once or one by one."""
+
+    def trained(**sizes):
+        model = adapted()
+        spec = SftStage(stage="sft", steps=2, learning_rate=0.01, warmup=0.0, document_fraction=0.5, **sizes)
+        source = SupervisedSource(model, dataset.train, RULES, spec, seed=1)
+        optimizer = Optimizer("adamw")
+        optimizer.init(model.net.trainable_parameters())
+        run = fit(model.net, source, SupervisedObjective(model), spec, total=2, seed=0, optimizer=optimizer)
+        return list(run), len(source.batch(0).micros)
+
+    (whole, few), (split, many) = trained(batch_size=4), trained(batch_size=1, accumulate=4)
+    assert few == 2 and many == 4
+    for a, b in zip(whole, split, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5) and a.grad_norm == pytest.approx(
+            b.grad_norm, rel=1e-4
+        )
+    assert whole[0].loss != whole[1].loss
+
+
+def test_gradients_are_those_of_the_plain_mean(model, dataset):
+    spec = SftStage(stage="sft", steps=1, batch_size=3)
+    source = SupervisedSource(model, dataset.train, None, spec, seed=1)
+    batch, objective = source.batch(0), SupervisedObjective(model)
+    rows = [encode_example(model, dataset.train[source._pick(i)[0]], None, "sft") for i in range(3)]
+
+    def plain(_):
+        total = 0.0
+        for row in rows:
+            e = row.encoded
+            embeds = model.embed(e.ids[None], mx.concatenate(model.features(e.images)))
+            logits = model.head(model.hidden(embeds, mx.array(e.position_ids[:, None])))[0, :-1]
+            losses = nn.losses.cross_entropy(logits, mx.array(e.ids[1:]))
+            total = total + (losses * mx.array(row.weights[1:])).sum()
+        return total / sum(row.weights.sum() for row in rows)
+
+    def ours(_):
+        return sum(objective(m)[0] for m in batch.micros) / batch.count
+
+    expected = dict(tree_flatten(nn.value_and_grad(model.net, plain)(0)[1]))
+    for name, value in tree_flatten(nn.value_and_grad(model.net, ours)(0)[1]):
+        norm = mx.linalg.norm(expected[name]).item()
+        assert norm > 0 and mx.linalg.norm(value - expected[name]).item() < 1e-4 * norm, name
+
+
+def picks(stage, fraction, document=RULES, count=40, seed=4):
+    examples = [SimpleNamespace(id=str(i)) for i in range(8)]
+    spec = SimpleNamespace(stage=stage, document_fraction=fraction, batch_size=4, accumulate=1)
+    source = SupervisedSource(SimpleNamespace(), examples, document, spec, seed)
+    return [source._pick(i) for i in range(count)]
+
+
+def test_every_epoch_takes_each_example_once_in_an_order_of_its_own():
+    indices = [i for i, _ in picks("sft", 0.0)]
+    epochs = [indices[n : n + 8] for n in range(0, 40, 8)]
+    assert all(sorted(e) == list(range(8)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 5
+    assert indices != [i for i, _ in picks("sft", 0.0, seed=5)]
+
+
+def test_document_fraction():
+    def carried(*arguments, **options):
+        return Counter(c for _, c in picks(*arguments, **options))[True]
+
+    assert carried("sft", 0.0) == 0 and carried("sft", 1.0) == 40
+    assert 100 < carried("sft", 0.25, count=800) < 300  # expected: 200
+    assert carried("cpt", 0.0) == 40  # always
+    assert carried("sft", 1.0, document=None) == carried("cpt", 1.0, document=None) == 0
+
+
+def test_validation_loss_is_a_mean_over_tokens(model, dataset):
+    spec = SftStage(stage="sft", steps=1, batch_size=2)
+    rows = [encode_example(model, e, None, "sft") for e in dataset.validation]
+    expected = np.concatenate([cross_entropies(model, row) for row in rows]).mean()
+    assert validation_loss(model, dataset.validation, dataset.document, spec) == pytest.approx(
+        expected, rel=1e-5
+    )
+    with_document = CptStage(stage="cpt", steps=1, batch_size=2)
+    rows = [encode_example(model, e, RULES, "cpt") for e in dataset.validation]
+    expected = np.concatenate([cross_entropies(model, row) for row in rows]).mean()
+    assert validation_loss(model, dataset.validation, RULES, with_document) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert model.net.training  # as it was
+
+
+def test_refusals(model, dataset):
+    spec = SftStage(stage="sft", steps=1, batch_size=2, max_tokens=20)
+    with pytest.raises(DataError, match="train split is empty"):
+        SupervisedSource(model, (), None, spec, 0)
+    with pytest.raises(DataError, match="over max_tokens=20"):
+        SupervisedSource(model, dataset.train, None, spec, 0).batch(0)
