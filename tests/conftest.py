@@ -18,3 +18,5 @@ if importlib.util.find_spec("mpi_mlx_cli") is None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         part for part in (_links.name, os.environ.get("PYTHONPATH")) if part
     )
+
+import mpi_mlx  # noqa: E402, F401  before any test imports mlx: the BLAS that is found has to be opened first
