@@ -46,7 +46,7 @@ def history_file() -> Path:
 
 
 def prompt_session(commands: dict[str, str]):
-    """A prompt: Enter sends, Alt+Enter (or a backslash before Enter) begins a new line, arrows bring back earlier lines."""
+    """A prompt: Enter sends; Alt+Enter, or a backslash before Enter, begins a new line; arrows go back."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition

@@ -1,0 +1,127 @@
+"""`mpi-mlx serve`: an OpenAI-compatible server for a trained agent, or for any model."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="Output folder of mpi-mlx train, a model or adapter folder, a hub id, or embedded:tiny.",
+        ),
+    ],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="TCP port.")] = 8080,
+    host: Annotated[
+        str, typer.Option("--host", help="Address; beyond this machine only with a key.")
+    ] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option("--name", help="What requests call the model.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=RUN", help="One more adapter of the same base; repeatable."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", envvar="MPI_MLX_API_KEY", show_envvar=True, help="Wanted of every request."
+        ),
+    ] = None,
+    allow_image_dir: Annotated[
+        Path | None,
+        typer.Option("--allow-image-dir", metavar="DIR", help="Also take file:// images from this folder."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Of a run: the model after this stage.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests decoded together.")] = 32,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Requests that may wait.")] = 128,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer asked for.")] = 8192,
+    max_prompt: Annotated[int | None, typer.Option("--max-prompt", min=1, help="Longest prompt.")] = None,
+    prefix_cache: Annotated[
+        int, typer.Option("--prefix-cache", min=0, metavar="MB", help="Kept of earlier prompts.")
+    ] = 1024,
+) -> None:
+    """Serve a model by OpenAI's API, on this machine only unless told otherwise."""
+    from mpi_mlx.errors import ServingError
+    from mpi_mlx.serving.target import resolve_target
+
+    local = _is_loopback(host)
+    if not local and not api_key:
+        raise ServingError(f"--host {host} is reachable from other machines; give an --api-key, too")
+    if allow_image_dir is not None and not allow_image_dir.is_dir():
+        raise ServingError(f"{allow_image_dir}: no such folder; --allow-image-dir takes one")
+    target = resolve_target(model, stage=stage)
+    targets = {name or target.name: target}
+    for given in adapter or ():
+        label, equals, run = given.partition("=")
+        if not (label and equals and run) or label in targets:
+            raise ServingError(f"--adapter {given}: NAME=RUN, each name once")
+        other = resolve_target(run)
+        if other.base != target.base or other.adapter is None:
+            raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
+        targets[label] = other
+    from mpi_mlx.serving.app import ServerOptions, build_app
+    from mpi_mlx.serving.engine import Engine
+    from mpi_mlx.serving.protocol import Limits
+
+    engine = Engine(
+        replace(target, adapter=None).load, {label: one.adapter for label, one in targets.items()},
+        max_rows=max_batch, max_queue=max_queue, max_prompt=max_prompt, prefix_bytes=prefix_cache << 20,
+    ).start()  # fmt: skip
+    defaults = {
+        label: (min(one.max_tokens, max_tokens), one.temperature, one.top_p) for label, one in targets.items()
+    }
+    limits = Limits(tokens=max_tokens, image_folder=allow_image_dir)
+    options = ServerOptions(defaults, api_key or None, loopback_only=local and not api_key, limits=limits)
+    _run(build_app(engine, options), engine, host, port, ", ".join(targets))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _run(app, engine, host: str, port: int, names: str) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what was asked and exits 0."""
+    import socket
+
+    import uvicorn
+
+    from mpi_mlx.errors import ServingError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        engine.close()
+        raise ServingError(f"port {port} on {host}: {error.strerror}; choose another --port") from None
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=60,
+        timeout_keep_alive=30, h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip
+    # uvicorn raises the signal once more when it is done; by then there is nothing left to do
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    place = f"[{host}]" if ":" in host else host
+    typer.echo(f"serving {names} on http://{place}:{listening.getsockname()[1]}/v1  (Ctrl-C stops)")
+    uvicorn.Server(config).run(sockets=[listening])
+    engine.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is done; native threads have been seen to abort while the interpreter is taken down
