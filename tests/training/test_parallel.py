@@ -1,0 +1,64 @@
+"""Two processes over loopback against one with twice the batch."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import STAGES, metrics, result_rows, write_recipe
+
+from mpi_mlx.recipe import load_recipe
+from mpi_mlx.training.launch import Ended, launch
+from mpi_mlx.training.run import train
+
+DRIVER = Path(__file__).with_name("parallel_run.py")
+DAPO = dict(algorithm="dapo", refill=False, kl_coef=0.0)  # groups without signal are dropped
+SETTINGS = [  # a stage, what is changed in it, what is doubled, and its size in each process
+    ("cpt", {}, "batch_size", 2),
+    ("sft", {"accumulate": 1, "optimizer": "adamw"}, "batch_size", 2),
+    ("rl", {}, "prompts", 2),
+    ("rl", DAPO, "prompts", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def two_and_one(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+
+    def recipe(name, scale):
+        stages = [STAGES[s] | changes | {size: n * scale, "steps": 3} for s, changes, size, n in SETTINGS]
+        return write_recipe(folder / name, base, stages, lora={"rank": 2, "alpha": 4})
+
+    many, one = recipe("many.yaml", 1), recipe("one.yaml", 2)
+    ended = launch([sys.executable, str(DRIVER), str(many), str(folder / "many")], 2)
+    assert ended == Ended(0)
+    list(train(load_recipe(one, output=folder / "one")))
+    return folder / "many", folder / "one"
+
+
+@pytest.mark.parametrize("index", range(4), ids=["cpt", "sft", "grpo", "dapo"])
+def test_same_curve_as_one_process_with_twice_the_batch(two_and_one, index):
+    many, one = ([r for r in metrics(run) if r["stage_index"] == index] for run in two_and_one)
+    assert len(one) == 3 and any(r["grad_norm"] > 0 for r in one)
+    for name in ("loss", "grad_norm", "tokens") if index < 2 else ("loss", "grad_norm"):
+        np.testing.assert_allclose([r[name] for r in many], [r[name] for r in one], rtol=1e-5, atol=1e-5)
+    for a, b in zip(many, one, strict=True):
+        assert a["metrics"].keys() == b["metrics"].keys()
+        for name in a["metrics"].keys() - {"drift"}:  # rounding is what drift measures
+            assert a["metrics"][name] == pytest.approx(b["metrics"][name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_process_may_have_nothing_to_train_on(two_and_one):
+    trained = [r["metrics"]["groups_trained"] for r in metrics(two_and_one[0]) if r["stage_index"] == 3]
+    assert 1 in trained  # one process had its group, the other none
+
+
+def test_only_rank_0_writes(two_and_one):
+    """Each line is there once, and so is each row of the evaluation, which the processes shared."""
+    many, one = two_and_one
+    order = [(r["stage_index"], r["step"]) for r in metrics(many)]
+    assert order == [(i, s) for i in range(4) for s in (1, 2, 3)]
+    assert [(r["model"], r["n"], r["prompt_tokens"]) for r in result_rows(many)] == [
+        (r["model"], r["n"], r["prompt_tokens"]) for r in result_rows(one)
+    ]
+    assert {p.relative_to(many) for p in many.rglob("*")} == {p.relative_to(one) for p in one.rglob("*")}
