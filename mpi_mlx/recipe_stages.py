@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from mpi_mlx.recipe_fields import Bool, Float, FunctionPath, Int, Spec, Str, refuse
 
-Task = Literal["document", "walk", "recall", "repeat", "check", "describe", "ask"]
+Task = Literal["document", "walk", "recall", "lookup", "repeat", "check", "describe", "ask"]
 Depth = Annotated[
     Int,
     Field(ge=1, le=6),

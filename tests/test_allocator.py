@@ -31,4 +31,6 @@ def test_pages_are_faulted_in_once_not_for_every_array():
 
     (kept, few), (left, many) = run("1"), run("0")
     assert (kept, left) == (1, 0)
+    if many < 100:
+        pytest.skip("left as it is, malloc faults in no pages here: there is nothing to save")
     assert few < 0.1 * many

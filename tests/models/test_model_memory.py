@@ -78,11 +78,11 @@ def test_twice_on_is_once_on_and_off_is_off(adapted, qwen_folder):
 
 
 def test_checkpointing_saves_memory(adapted):
-    ids = np.zeros((4, 256), dtype=np.int32)
+    ids = np.zeros((16, 64), dtype=np.int32)  # short rows: long scores are computed again anyway
 
     def peak():
         def loss():
-            return adapted.hidden(adapted.embed(ids), positions(4, 0, 256)).sum()
+            return adapted.hidden(adapted.embed(ids), positions(16, 0, 64)).sum()
 
         mx.clear_cache()
         mx.reset_peak_memory()
