@@ -14,6 +14,7 @@ from mpi_mlx.errors import DataError, ModelError
 from mpi_mlx.models.encoding import ChatEncoder, Encoded, message_images
 from mpi_mlx.models.families import TextFamily
 from mpi_mlx.models.images import ByteLRU, ImageInput, ImageStore
+from mpi_mlx.runtime import on_cpu
 
 PATCHES_PER_CALL = 16384  # bounds the vision tower's activations
 FEATURE_CACHE_BYTES = 512 << 20
@@ -180,7 +181,9 @@ class Model:
         for image in missing.values():
             groups.setdefault((image.grid, image.pixel_values.shape), []).append(image)
         for (grid, shape), group in groups.items():
-            step = max(1, PATCHES_PER_CALL // max(1, shape[0]))
+            # A product's last bits depend on how many rows it has. One image a call keeps features, and with
+            # them a resumed run, the same to the bit whichever images come together (promised on CPU alone).
+            step = 1 if on_cpu() else max(1, PATCHES_PER_CALL // max(1, shape[0]))
             for start in range(0, len(group), step):
                 chunk = group[start : start + step]
                 states = self.parts.tower(np.stack([image.pixel_values for image in chunk]), grid)
