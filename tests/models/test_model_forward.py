@@ -90,12 +90,12 @@ def test_features_are_encoded_once_and_carry_no_gradient(qwen, monkeypatch):
     )
     one, other = qwen.image(picture()), qwen.image(picture(seed=1))
     first = qwen.features([one, other, one])
-    assert calls == [2] and mx.array_equal(first[0], first[2])
+    assert sum(calls) == 2 and mx.array_equal(first[0], first[2])
     qwen.features([other])
-    assert calls == [2]
+    assert sum(calls) == 2
     qwen.forget_features()
     qwen.features([other])
-    assert calls == [2, 1]
+    assert sum(calls) == 3
 
 
 def test_features_land_in_reading_order_over_rows(qwen):
