@@ -40,11 +40,11 @@ def ablation_command(
     list_variants: Annotated[bool, typer.Option("--list", help="Name the variants and stop.")] = False,
 ) -> None:
     """Train and evaluate every variant on every document, and compare them. Go on by the same command."""
-    from mpi_mlx.recipe import load_recipe
     from rich.console import Console
 
     from mpi_mlx.evaluation.ablation import run_ablation, study
     from mpi_mlx.evaluation.grid import CURVES, TABLE, VARIANTS, choose_variants, part_of, plan
+    from mpi_mlx.recipe import load_recipe
 
     console = Console(highlight=False)
     if list_variants:

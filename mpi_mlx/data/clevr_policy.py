@@ -22,7 +22,7 @@ from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 
 DEFAULT_SIZE = {"flat": 84, "clevr": 448}
-SPLITS = ("train", "validation", "test", "rl")  # in this order: growing `rl` leaves the others as they were
+SPLITS = ("train", "validation", "test", "rl")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def balanced_indices(
     """
     free = [rng.permutation(np.flatnonzero((leaves == leaf) & ~used)).tolist() for leaf in range(replies)]
     if sum(map(len, free)) < count:
-        raise DataError(f"data: only {sum(map(len, free))} distinct scenes are left for {count} examples; ask for fewer")
+        left = sum(map(len, free))
+        raise DataError(f"data: only {left} distinct scenes are left for {count} examples; ask for fewer")
     chosen: list[int] = []
     while len(chosen) < count:
         order = rng.permutation([leaf for leaf in range(replies) if free[leaf]])

@@ -151,8 +151,8 @@ _INTRO = (
 def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = "natural") -> str:
     """The tree as Markdown: an introduction, then one section a condition in random order.
 
-    ``wording``: ``compact`` (a section's question is its heading, then where yes and no lead), ``natural`` (full sentences in varied
-    wording) or ``mixed`` (one of the two, drawn for the document).
+    ``wording``: ``compact`` (a section's question is its heading, then where yes and no lead), ``natural``
+    (full sentences in varied wording) or ``mixed`` (one of the two, drawn for the document).
     """
     if wording == "mixed":
         wording = ("compact", "natural")[int(rng.integers(2))]

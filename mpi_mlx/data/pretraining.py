@@ -129,7 +129,8 @@ def _recall_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, d
         yes, no = (
             tree.target(node) or tree.replies[node - len(tree.names)] for node in (2 * i + 1, 2 * i + 2)
         )
-        lines.append((tree.names[i], f"{tree.names[i]} {tree.conditions[i].phrase}? {tree.names[i]} yes {yes}, {tree.names[i]} no {no}."))
+        name, phrase = tree.names[i], tree.conditions[i].phrase
+        lines.append((name, f"{name} {phrase}? {name} yes {yes}, {name} no {no}."))
     asked = " ".join(name for name, _ in lines)
     return Task("recall", f"Recall {asked}.", " ".join(text for _, text in lines), None, document)
 

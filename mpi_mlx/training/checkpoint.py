@@ -20,7 +20,8 @@ KEEP = 2  # the newest ones; the best is kept besides
 def save_checkpoint(folder: Path, module: nn.Module, optimizer: Optimizer, state: dict) -> None:
     """Writes ``folder`` (parameters.safetensors, optimizer.safetensors, state.json) in one rename."""
     with temporary_dir(folder) as temporary:
-        mx.save_safetensors(str(temporary / "parameters.safetensors"), dict(tree_flatten(module.trainable_parameters())))
+        parameters = dict(tree_flatten(module.trainable_parameters()))
+        mx.save_safetensors(str(temporary / "parameters.safetensors"), parameters)
         mx.save_safetensors(str(temporary / "optimizer.safetensors"), optimizer.state)
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         replace_dir(temporary, folder)
