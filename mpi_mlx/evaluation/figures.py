@@ -116,8 +116,8 @@ def draw_reward(metrics: Sequence[dict], path: Path) -> Path:
                     draw_smoothed(axis, *zip(*found, strict=True), color, label)
             axis.set_xlabel("RL step")
             axis.margins(x=0.01)
-            axis.legend(loc="lower right")
         axes[0].set_ylabel("mean reward")
+        legend_below(axes[0])
     return path
 
 

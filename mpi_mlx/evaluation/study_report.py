@@ -71,10 +71,11 @@ def write_study(
 
 
 def setting_title(setting: Setting) -> str:
-    """``depth 4``; the recipe's own setting by name."""
+    """``Depth of the decision tree: 4``; the recipe's own setting by name."""
     if not setting:
         return "The recipe's own setting"
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting)
+    said = ", ".join(f"{_sweep_titles(key)[1]}: {value}" for key, value in setting)
+    return said[0].upper() + said[1:]
 
 
 def _facts(results: Sequence[CellResult], missing: int) -> str:

@@ -109,7 +109,8 @@ def test_report(tmp_path):
     with_it, traces = "98.0% (98.0-98.0)", "90.0% (90.0-90.0)"
     assert f"| CoT-SFT | 51.5% (45.1-57.9) | {with_it} | {traces} | - | 200 | 2 | 1 min 00 s |" in text
     assert "| CoT-SFT + PolicyRollout - CoT-SFT + GRPO | +35.0 (+35.0 to +35.0) | 2 | better |" in text
-    assert text.index("## The recipe's own setting") < text.index("## depth 4") < text.index("## Curves")
+    headings = ("## The recipe's own setting", "## Depth of the decision tree: 4", "## Curves")
+    assert [line for line in text.splitlines() if line.startswith("## ")] == list(headings)
     for name in ("variants.png", "depth.png"):
         assert f"(figures/{name})" in text and (tmp_path / "figures" / name).is_file()
     stored = json.loads((tmp_path / "ablation.json").read_text())
