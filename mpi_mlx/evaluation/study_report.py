@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_mlx.atomic import write_json_atomic, write_text_atomic
-from mpi_mlx.evaluation.grid import CURVES, VARIANTS, sweep_setting
+from mpi_mlx.evaluation.grid import VARIANTS, recipe_value, sweep_setting
 from mpi_mlx.evaluation.metrics import Mean
 from mpi_mlx.evaluation.report import duration
 from mpi_mlx.evaluation.study import (
@@ -143,13 +143,16 @@ def _figures(
     sweeps: Mapping[str, Sequence[Any]],
 ) -> dict[str, Path]:
     drawn = {}
-    own = [s for s in summaries if s.setting == ()]
-    if any(s.variant != "base" for s in own):
-        drawn["variants"] = draw_variants(own, results, folder / "variants.png")
+    table = [s for s in summaries if s.setting == ()]
+    if any(s.variant != "base" for s in table):
+        drawn["variants"] = draw_variants(table, results, folder / "variants.png")
     for key, values in sweeps.items():
-        settings = {value: sweep_setting(base, key, value) for value in values}
-        lines, ceiling = curves(summaries, settings, CURVES)
-        if any(len(line.x) > 1 for line in lines):
+        own = recipe_value(base, key)  # measured by the table already
+        points = sorted({*values, own}) if isinstance(own, int) else sorted(values)
+        settings = {value: sweep_setting(base, key, value) for value in points}
+        lines, ceiling = curves(summaries, settings, tuple(VARIANTS))
+        lines = [line for line in lines if len(line.x) > 1]
+        if lines:
             title, xlabel = _sweep_titles(key)
             path = folder / f"{key.rpartition('.')[2]}.png"
             floor = majority_curve(summaries, settings)
