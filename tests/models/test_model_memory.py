@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from checkpoints import write_qwen2_5_vl
 from mlx.utils import tree_flatten, tree_map
 
 from mpi_mlx.models import load_model
@@ -77,7 +78,10 @@ def test_twice_on_is_once_on_and_off_is_off(adapted, qwen_folder):
     assert type(adapted.layers[0]) is plain and not gradient_checkpointing(adapted)
 
 
-def test_checkpointing_saves_memory(adapted):
+def test_checkpointing_saves_memory(tmp_path):
+    # Twelve layers: with few, the one that is computed again is much of the whole.
+    adapted = load_model(write_qwen2_5_vl(tmp_path / "deep", num_hidden_layers=12))
+    attach_lora(adapted, SPEC)
     ids = np.zeros((16, 64), dtype=np.int32)  # short rows: long scores are computed again anyway
 
     def peak():
@@ -92,7 +96,8 @@ def test_checkpointing_saves_memory(adapted):
 
     before = peak()
     enable_gradient_checkpointing(adapted, True)
-    assert peak() < 0.8 * before
+    after = peak()
+    assert after < 0.5 * before, (after, before)
 
 
 def test_parameters_are_counted(qwen, qwen_folder):
