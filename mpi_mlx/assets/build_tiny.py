@@ -46,6 +46,7 @@ GENERAL_TEXT = (
     "user assistant system tool",
     "The quick brown fox jumps over the lazy dog. This is the first and that was the other one.",
     "You are a helpful agent. Please tell me what you see, and why. Thank you, that is right.",
+    "nothing done",
     "What is in the picture? How many are there? Which color, shape, size and material does it have?",
 )
 

@@ -56,9 +56,16 @@ class PolicyTree:
         return f"{scene.describe()}. {self.walk_text(steps)}"
 
     def walk_text(self, steps: list[tuple[int, bool]]) -> str:
-        return " ".join(
-            f"{self.names[i]} {self.conditions[i].phrase}? {'yes' if yes else 'no'}." for i, yes in steps
-        )
+        """The sections visited, each in the document's words, then the reply.
+
+        ``Falcon red cube? Falcon no Otter large sphere? Otter yes maple.``: the name stands again beside the
+        yes or no, so that where they lead is found by the two words before it.
+        """
+        words = [
+            f"{self.names[i]} {self.conditions[i].phrase}? {self.names[i]} {'yes' if yes else 'no'}" for i, yes in steps
+        ]
+        node, yes = steps[-1]
+        return f"{' '.join(words)} {self.replies[2 * node + (1 if yes else 2) - len(self.names)]}."
 
     def to_dict(self) -> dict:
         return {
@@ -101,8 +108,9 @@ def random_tree(
         condition, yes = _splitting_condition(rng, kinds, pool, scenes, reach[node], conditions)
         conditions.append(condition)
         reach += [reach[node][yes], reach[node][~yes]]
-    # Up to depth 4 all documents draw on the same 16 names and 16 replies: fewer words for a tiny model to match.
-    names = rng.permutation(max(COMMON, len(conditions)))[: len(conditions)]
+    # Names come in a fixed order, as numbers of rules would: what varies is where each rule leads. Up to
+    # depth 4 all replies are of the same 16: fewer words for a tiny model to match.
+    names = [0, *(1 + rng.permutation(len(conditions) - 1))]
     replies = rng.permutation(max(COMMON, 2**depth))[: 2**depth]
     return PolicyTree(
         depth, tuple(conditions), tuple(SECTION_NAMES[i] for i in names), tuple(REPLIES[i] for i in replies)
@@ -149,7 +157,7 @@ _INTRO = (
 
 
 def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = "natural") -> str:
-    """The tree as Markdown: an introduction, then one section a condition in random order.
+    """The tree as Markdown: an introduction, then one section a condition, in the order of their names.
 
     ``wording``: ``compact`` (a section's question is its heading, then where yes and no lead), ``natural``
     (full sentences in varied wording) or ``mixed`` (one of the two, drawn for the document).
@@ -167,7 +175,7 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
     compact = wording == "compact"
     intros = _COMPACT_INTRO if compact else _INTRO
     lines = [intros[int(rng.integers(len(intros)))].format(start=tree.names[0])]
-    for i in rng.permutation(len(tree.conditions)):
+    for i in sorted(range(len(tree.names)), key=lambda i: SECTION_NAMES.index(tree.names[i])):
         template = _COMPACT if compact else _NATURAL[int(rng.integers(len(_NATURAL)))]
         condition = tree.conditions[i]
         lines.append(
@@ -181,7 +189,7 @@ def document_text(tree: PolicyTree, rng: np.random.Generator, *, wording: str = 
 
 # --- the checker ---------------------------------------------------------------------------------------
 
-_STEP = re.compile(r"(\w+) ([a-z ]+)\? (yes|no)\.")
+_STEP = re.compile(r"(?=(?<!\w)(\w+) ([a-z ]+)\? \1 (yes|no) (\w+))")
 
 
 def parse_description(text: str) -> Scene | None:
@@ -213,11 +221,10 @@ def check_trace(reasoning: str | None, answer: str, tree: PolicyTree) -> float:
     if scene is None:
         return 0.0
     steps, leaf = tree.walk(scene)
-    expected = [(tree.names[i], tree.conditions[i].phrase, "yes" if yes else "no") for i, yes in steps]
-    found = _STEP.findall(walk)
-    clean = " ".join(f"{n} {p}? {v}." for n, p, v in found) == " ".join(walk.split())
-    if clean and found == expected and answer.strip() == tree.replies[leaf]:
+    text = tree.walk_text(steps)
+    if " ".join(walk.split()) == text and answer.strip() == tree.replies[leaf]:
         return 1.0
+    expected, found = _STEP.findall(text), _STEP.findall(walk)
     right = sum(a == b for a, b in zip(found, expected, strict=False))
     return 0.5 * right / max(len(found), len(expected), 1)
 

@@ -5,6 +5,7 @@ Everything is drawn anew for each step from (seed, step): random scenes, random 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,15 +112,17 @@ def _document_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray,
 
 
 def _walk_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, document: int) -> Task:
-    """Navigation alone: the user dictates the yes and no, no picture."""
+    """Navigation alone, no picture: each yes or no is drawn, and not trained."""
     at, steps = 0, []
     while at < len(tree.conditions):
         yes = bool(rng.integers(2))
         steps.append((at, yes))
         at = 2 * at + (1 if yes else 2)
-    said = " ".join("yes" if yes else "no" for _, yes in steps)
     reply = tree.replies[at - len(tree.conditions)]
-    return Task("walk", f"Walk {said}.", completion_text(f"nothing. {tree.walk_text(steps)}", reply), None, document)
+    answer = completion_text(f"nothing. {tree.walk_text(steps)}", reply)
+    cuts = [m.span() for m in re.finditer(r" (yes|no)\b", answer)]
+    graded = tuple(zip([0, *(stop for _, stop in cuts)], [*(start for start, _ in cuts), len(answer)], strict=True))
+    return Task("walk", "Walk at random.", answer, None, document, graded)
 
 
 def _recall_task(rng, tree: PolicyTree, pool: SceneArrays, leaves: np.ndarray, document: int) -> Task:
@@ -189,11 +192,12 @@ def _check_task(rng, scene: Scene) -> Task:
     text = f"{THINK_OPEN}{scene.describe()}." if described else THINK_OPEN
     graded = [(0, len(text))] if described else []
     for condition, truth in questions(rng, scene, QUESTIONS):
-        text += f" {condition.phrase}?"
+        name = SECTION_NAMES[int(rng.integers(COMMON))]
+        text += f" {name} {condition.phrase}? {name}"
         start = len(text)
         text += f" {'yes' if truth else 'no'}"
         graded.append((start, len(text)))
-        text += "."
+    text += "."
     return Task("check", "Check some conditions.", f"{text}{THINK_CLOSE}\ndone", scene, graded=tuple(graded))
 
 

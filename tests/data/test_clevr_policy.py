@@ -80,16 +80,16 @@ def test_the_walk_and_its_trace_by_hand():
     assert tree.leaves(SceneArrays.of([SCENE, Scene(SCENE.objects[1:2])])).tolist() == [0, 2]
     trace = (
         "northwest small red metal cube, center large red rubber sphere, east small blue metal cylinder. "
-        "Falcon cube? yes. Otter blue object? yes."
+        "Falcon cube? Falcon yes Otter blue object? Otter yes maple."
     )
     assert tree.trace(SCENE) == trace
     assert check_trace(trace, "maple", tree) == 1.0
-    assert check_trace(trace, "cedar", tree) == 0.5
-    assert (
-        check_trace(trace.replace("Otter blue object? yes", "Raven large object? yes"), "birch", tree)
-        == 0.25
-    )
-    assert check_trace(trace.replace("Falcon cube? yes", "Falcon cube? no"), "maple", tree) < 1.0
+    assert check_trace(trace, "cedar", tree) == 0.5  # both steps are right, the reply is not
+    wrong = trace.replace("Falcon yes Otter blue object? Otter yes maple", "Falcon no Raven large object? Raven yes birch")
+    assert check_trace(wrong, "birch", tree) == 0.0
+    half = trace.replace("Otter yes maple", "Otter no cedar")
+    assert check_trace(half, "cedar", tree) == 0.25
+    assert check_trace(trace + " maple.", "maple", tree) == 0.5
     assert check_trace("no scene here", "maple", tree) == 0.0
     assert check_trace(None, "maple", tree) == 0.0
 
