@@ -193,7 +193,11 @@ _STEP = re.compile(r"(?=(?<!\w)(\w+) ([a-z ]+)\? \1 (yes|no) (\w+))")
 
 
 def parse_description(text: str) -> Scene | None:
-    """The inverse of :meth:`Scene.describe`; None when the text is not a description."""
+    """The inverse of :meth:`Scene.describe`; None when the text is not a description.
+
+    Objects of one cell (CLEVR's own pictures have them) all stand in its middle, in the text's order: the text
+    does not say how they lie to each other, and no relation holds between them.
+    """
     objects = []
     for part in text.split(", "):
         words = part.split()
@@ -206,7 +210,7 @@ def parse_description(text: str) -> Scene | None:
         x, y = (cell % GRID + 0.5) / GRID, (cell // GRID + 0.5) / GRID
         objects.append(SceneObject(**values, x=x, y=y))
     cells = [o.cell for o in objects]
-    return Scene(tuple(objects)) if cells == sorted(set(cells)) else None
+    return Scene(tuple(objects)) if cells == sorted(cells) else None
 
 
 def check_trace(reasoning: str | None, answer: str, tree: PolicyTree) -> float:

@@ -8,8 +8,9 @@ from PIL import Image
 from mpi_mlx.data.clevr_folder import arrays_of, read_clevr_folder
 from mpi_mlx.data.clevr_photos import build_from_clevr
 from mpi_mlx.data.clevr_policy import SPLITS
-from mpi_mlx.data.policy_tree import PolicyTree
-from mpi_mlx.data.scenes import Scene
+from mpi_mlx.data.conditions import Condition, Filter
+from mpi_mlx.data.policy_tree import PolicyTree, check_trace, parse_description
+from mpi_mlx.data.scenes import Scene, SceneArrays
 from mpi_mlx.errors import DataError
 
 # The camera looks along CLEVR's diagonal, as in the published files.
@@ -70,6 +71,37 @@ def test_objects_are_placed_along_the_camera(clevr):
     assert picture.image == (folder / "images/val/CLEVR_val_000000.png").resolve()
     arrays = arrays_of([picture])
     assert arrays.attributes.shape == (1, 4, 4) and arrays.scene(0) == picture.scene
+
+
+def test_two_objects_of_one_cell_have_a_trace(clevr):
+    """Worked by hand: the middle third reaches 0.167 from the middle, 1.43 along the camera; all three are in it."""
+    [picture] = read_clevr_folder(
+        clevr(scene(0, thing("blue", 1, 0), thing("red", 0, 0), thing("red", 0, 1, shape="sphere"))), "val"
+    )
+    two_red = Condition("count", Filter((("color", "red"),)), number=2)
+    tree = PolicyTree(1, (two_red,), ("Falcon",), ("maple", "cedar"))
+    # (0, 1) lies behind the others and (1, 0) in front, so that is the reading order.
+    trace = (
+        "center large red metal sphere, center large red metal cube, center large blue metal cube. "
+        "Falcon two red objects? Falcon yes maple."
+    )
+    assert tree.trace(picture.scene) == trace
+    assert check_trace(trace, "maple", tree) == 1.0
+    assert check_trace(trace.replace("yes maple", "no cedar"), "cedar", tree) == 0.0
+
+    description = trace.partition(". ")[0]
+    read = parse_description(description)
+    assert read.describe() == description
+    assert [(o.x, o.y) for o in read.objects] == [(0.5, 0.5)] * 3
+    # How objects of one cell lie to each other is not said; where another cell's lie is.
+    sphere, cube = Filter((("shape", "sphere"),)), Filter((("shape", "cube"),))
+    for relation in ("left of", "right of", "in front of", "behind"):
+        condition = Condition("relation", sphere, relation=relation, second=cube)
+        assert not condition.holds(SceneArrays.of([read]))[0]
+    beside = parse_description(description.replace("blue", "gray") + ", east small blue rubber sphere")
+    right = Condition("relation", Filter((("color", "blue"),)), relation="right of", second=cube)
+    assert right.holds(SceneArrays.of([beside]))[0]
+    assert parse_description("east small red metal cube, west small red metal cube") is None  # not in reading order
 
 
 def test_pixels_stand_in_for_missing_directions(clevr):
