@@ -22,7 +22,8 @@ from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 
 DEFAULT_SIZE = {"flat": 84, "clevr": 448}
-SPLITS = ("train", "validation", "test", "rl")
+SPLITS = ("test", "validation", "rl", "train")  # as scenes are given out: more labelled examples leave the test as it is
+BANK = 50_000  # scenes drawn at least: rare replies need many, to be as frequent as the others
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,13 @@ def build_clevr_policy(spec) -> Dataset:
     size = spec.image_size or DEFAULT_SIZE[spec.style]
     document = build_document(tree, rng, spec, size)
     counts = {"train": spec.train, "validation": spec.validation, "test": spec.test, "rl": spec.rl or 0}
-    rng = np.random.default_rng([spec.seed, 2])
-    # Rare replies need a large bank to be as frequent as the others.
-    bank = distinct(random_scenes(rng, 4 * sum(counts.values()) + 20_000, max_objects=spec.max_objects))
+    size_of_bank = max(BANK, 4 * sum(counts.values()) + 20_000)
+    bank = distinct(random_scenes(np.random.default_rng([spec.seed, 2]), size_of_bank, max_objects=spec.max_objects))
     leaves, used = tree.leaves(bank), np.zeros(len(bank), bool)
     tree_dict = tree.to_dict()
     splits: dict[str, tuple[Example, ...]] = {}
-    for name in SPLITS:
-        rows = []
+    for number, name in enumerate(SPLITS):
+        rows, rng = [], np.random.default_rng([spec.seed, 3, number])
         for i, index in enumerate(balanced_indices(leaves, counts[name], 2**spec.depth, rng, used)):
             scene = bank.scene(index)
             query = QUERIES[int(rng.integers(len(QUERIES)))]
