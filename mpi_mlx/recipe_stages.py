@@ -145,6 +145,9 @@ class CptStage(_LabelledStage):
     """Visually masked continual pretraining: document, query, trace and answer, all text tokens trained."""
 
     stage: Literal["cpt"] = Field(description="Continual pretraining on the document.")
+    document_questions: Float = Field(
+        0.0, ge=0, le=1, description="Share of rows that ask for a section, without the document in context."
+    )
 
 
 class SftStage(_LabelledStage):

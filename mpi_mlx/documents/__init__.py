@@ -2,6 +2,7 @@
 
 from mpi_mlx.documents.images import open_image
 from mpi_mlx.documents.load import PolicyDocument, from_parts, from_text, load_document
+from mpi_mlx.documents.passages import passages
 from mpi_mlx.documents.place import place_document
 
-__all__ = ["PolicyDocument", "from_parts", "from_text", "load_document", "open_image", "place_document"]
+__all__ = ["PolicyDocument", "from_parts", "from_text", "load_document", "open_image", "passages", "place_document"]

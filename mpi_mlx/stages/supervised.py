@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.data.completion import completion_text
-from mpi_mlx.documents import PolicyDocument, place_document
+from mpi_mlx.data.examples import Example
+from mpi_mlx.documents import PolicyDocument, passages, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch, Row, check_length, loss_weights, micro_batch
@@ -41,7 +42,8 @@ class SupervisedSource:
     """Examples in a new order each epoch; each process takes its rows of the step's batch.
 
     A step takes ``batch_size * accumulate`` rows a process. Whether a row carries the document is drawn for
-    (epoch, example): always in ``cpt``, in ``document_fraction`` of the rows in ``sft``.
+    (epoch, example): always in ``cpt``, in ``document_fraction`` of the rows in ``sft``. ``document_questions``
+    of cpt's rows ask, without the document, for a section of it.
     """
 
     def __init__(self, model, examples: Sequence, document: PolicyDocument | None, spec, seed: int):
@@ -52,6 +54,7 @@ class SupervisedSource:
         self.rows_per_process = spec.batch_size * spec.accumulate
         self.per_step = self.rows_per_process * world.world().size()
         self._rows: dict[tuple[int, bool], Row] = {}
+        self.questions = _questions(document) if getattr(spec, "document_questions", 0.0) else []
 
     def state(self) -> dict:
         return {}
@@ -78,6 +81,10 @@ class SupervisedSource:
 
     def _pick(self, position: int) -> tuple[int, bool]:
         epoch, at = divmod(position, len(self.examples))
+        if self.questions:
+            chance = np.random.default_rng([self.seed, 23, position])
+            if chance.random() < self.spec.document_questions:
+                return len(self.examples) + int(chance.integers(len(self.questions))), False
         order = np.random.default_rng([self.seed, 21, epoch]).permutation(len(self.examples))
         fraction = 1.0 if self.spec.stage == "cpt" else self.spec.document_fraction
         if self.document is None:
@@ -89,12 +96,24 @@ class SupervisedSource:
         known = self._rows.get((index, carries))
         if known is None:
             spec = self.spec
+            asked = index - len(self.examples)
             known = encode_example(
-                self.model, self.examples[index], self.document if carries else None, spec.stage,
+                self.model, self.examples[index] if asked < 0 else self.questions[asked], self.document if carries else None, spec.stage,
                 reasoning=spec.reasoning,
             )
             self._rows[index, carries] = check_length(known, spec.max_tokens)
         return known
+
+
+def _questions(document: PolicyDocument | None) -> list[Example]:
+    """The document's sections as questions and answers."""
+    found = passages(document) if document is not None else []
+    if not found:
+        raise DataError("stage cpt: document_questions needs a document with headings; add some, or set it to 0")
+    return [
+        Example(f"section {n + 1}", ({"role": "user", "content": question},), None, section)
+        for n, (question, section) in enumerate(found)
+    ]
 
 
 class SupervisedObjective:

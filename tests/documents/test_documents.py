@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from mpi_mlx.documents import from_parts, from_text, load_document, place_document
+from mpi_mlx.documents import PolicyDocument, from_parts, from_text, load_document, passages, place_document
 from mpi_mlx.errors import DataError
 
 RULES = """# Returns
@@ -146,3 +146,16 @@ def test_place_document_with_images_is_a_list(folder):
     assert user == {"role": "user", "content": "Hi"}
     joined, _ = place_document([{"role": "system", "content": "Be kind."}, user], document)
     assert joined["content"][-2:] == [{"type": "text", "text": "\n\n"}, {"type": "text", "text": "Be kind."}]
+
+
+def test_passages_ask_for_each_section():
+    text = "# Refunds\nWithin 30 days,\n\nwith a receipt.\n\n## Gold plan? Gold yes call.\n\n# Empty one\n\n## Next\nx ![](a.png)"
+    document = PolicyDocument.from_parts(
+        [{"type": "text", "text": text.removesuffix("![](a.png)")}, {"type": "image", "image": Image.new("RGB", (4, 4))}]
+    )
+    assert passages(document) == [
+        ("Recall Refunds.", "Refunds Within 30 days, with a receipt."),
+        ("Recall Gold.", "Gold plan? Gold yes call."),
+        ("Recall Empty.", "Empty one"),
+    ]
+    assert passages(PolicyDocument.from_text("No headings here.")) == []

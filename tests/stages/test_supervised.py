@@ -165,3 +165,18 @@ def test_refusals(model, dataset):
         SupervisedSource(model, (), None, spec, 0)
     with pytest.raises(DataError, match="over max_tokens=20"):
         SupervisedSource(model, dataset.train, None, spec, 0).batch(0)
+
+
+def test_questions_about_the_document(model, dataset):
+    rules = PolicyDocument.from_text("# Red\nIs there a red cube? Reply yes.\n\n# Else\nReply no.", "rules")
+    spec = CptStage(stage="cpt", steps=30, batch_size=8, document_questions=0.25)
+    source = SupervisedSource(model, dataset.train, rules, spec, 5)
+    picked = [source._pick(n) for n in range(400)]
+    asked = [p for p in picked if p[0] >= len(dataset.train)]
+    assert 70 <= len(asked) <= 130 and not any(carries for _, carries in asked)  # 100 expected, 4 deviations of 8.7
+    assert {p[0] - len(dataset.train) for p in asked} == {0, 1}
+    row = source._row(len(dataset.train), False)
+    said = model.tokenizer.decode(row.encoded.ids[row.weights > 0])
+    assert "Recall Red." in said and said.count("Red Is there a red cube? Reply yes.<|im_end|>") == 1
+    with pytest.raises(DataError, match="document_questions needs a document with headings"):
+        SupervisedSource(model, dataset.train, RULES, spec, 5)
