@@ -93,7 +93,7 @@ def _follow(reports, console):
                     case r.EvaluationProgress():
                         status.update(f"{line}  evaluation {report.done}/{report.total}")
                     case r.Interrupted():
-                        console.print("stopped after a whole step; the same command goes on from there")
+                        console.print("stopped; the same command goes on from there")
                         return None
     return written
 

@@ -107,12 +107,13 @@ def render(state: RunState, height: int = 100) -> RenderableType:
         curves = state.current is not None and state.current.last is not None and not state.current.done
         if curves:
             parts += ["", _curves(state.current), "", _numbers(state.current)]
-        if state.evaluating is not None:
-            parts += ["", _evaluating(state.evaluating)]
+        if (evaluating := state.evaluating) is not None:  # another thread may set it to None meanwhile
+            parts += ["", _evaluating(evaluating.latest, evaluating.left(state.now()))]
         if state.rows and (height >= TALL or not curves):
             parts += ["", result_table(state.rows)]
     if state.stopping and not ended:
-        parts += ["", Text("stopping after this step; press Ctrl-C again to quit at once", "bold yellow")]
+        said = f"stopping after this {state.stopping_after}; press Ctrl-C again to quit at once"
+        parts += ["", Text(said, "bold yellow")]
     return Panel(
         Group(*parts),
         title=Text.assemble(("mpi-mlx ", "bold"), (state.started.recipe_name, "bold cyan")),
@@ -217,16 +218,18 @@ def _facts_line(said: list[tuple[str, str]]) -> Text:
     return line
 
 
-def _evaluating(report: r.EvaluationProgress) -> RenderableType:
+def _evaluating(report: r.EvaluationProgress, left: float | None) -> RenderableType:
     grid = Table.grid(padding=(0, 2), expand=True)
     grid.add_column(no_wrap=True)
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True, min_width=10)
     grid.add_row(
         Text.assemble(("evaluating ", "dim"), (mode(report), "bold")),
         ProgressBar(total=max(report.total, 1), completed=report.done, complete_style="magenta",
                     finished_style="magenta", style="bright_black"),
         f"{report.done}/{report.total}",
+        "" if left is None else f"{clock(left)} left",
     )
     return grid
 

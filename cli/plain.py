@@ -29,7 +29,7 @@ class PlainView:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def stopping(self) -> None:
-        self.line("stopping after this step; press Ctrl-C again to quit at once")
+        self.line(f"stopping after this {self.state.stopping_after}; press Ctrl-C again to quit at once")
 
     def show(self, report: object) -> None:
         self.state.add(report)
@@ -48,7 +48,9 @@ class PlainView:
                 self.line(f"{report.stage} step {report.step}: validation loss {report.loss:.4f}")
             case r.EvaluationProgress():
                 if report.done < report.total and self._due():
-                    self.line(f"evaluation of {mode(report)}: {report.done}/{report.total}")
+                    left = self.state.evaluating.left(self.state.now())
+                    said = "" if left is None else f"  {clock(left)} left"
+                    self.line(f"evaluation of {mode(report)}: {report.done}/{report.total}{said}")
             case r.EvaluationRow():
                 self.line(row_line(report.row))
             case r.StageFinished():

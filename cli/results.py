@@ -84,5 +84,5 @@ def show_end(console: Console, finished) -> None:
 
 
 def show_interrupted(console: Console, interrupted) -> None:
-    console.print(f"stopped after a whole step; checkpoint in {interrupted.output}", soft_wrap=True)
+    console.print(f"stopped; what was done is kept in {interrupted.output}", soft_wrap=True)
     console.print(Text.assemble("go on with: ", (interrupted.resume_command, "bold")), soft_wrap=True)

@@ -41,6 +41,28 @@ class Stage:
 
 
 @dataclass
+class Evaluation:
+    """How far one evaluation is; times by the clock of the run's state."""
+
+    began: float
+    latest: r.EvaluationProgress
+    first: int = 0  # answered when it began
+    at: float = 0.0  # when the latest was said
+
+    def of_same(self, report: r.EvaluationProgress) -> bool:
+        mine = self.latest
+        return (mine.label, mine.document_in_context) == (report.label, report.document_in_context)
+
+    def left(self, now: float) -> float | None:
+        """Seconds that the remaining answers will take at the pace so far; None before the first batch."""
+        answered = self.latest.done - self.first
+        if answered <= 0:
+            return None
+        pace = (self.at - self.began) / answered
+        return max(0.0, (self.latest.total - self.latest.done) * pace - (now - self.at))
+
+
+@dataclass
 class RunState:
     """Reduces a stream of reports; ``now`` is the clock (replaced in tests)."""
 
@@ -49,7 +71,7 @@ class RunState:
     began: float = 0.0
     stages: list[Stage] = field(default_factory=list)
     current: Stage | None = None
-    evaluating: r.EvaluationProgress | None = None
+    evaluating: Evaluation | None = None
     rows: list[dict] = field(default_factory=list)
     finished: r.RunFinished | None = None
     interrupted: r.Interrupted | None = None
@@ -83,7 +105,9 @@ class RunState:
                 stage = self._stage(report.index, report.stage, 0)
                 stage.seconds = report.seconds
             case r.EvaluationProgress():
-                self.evaluating = report
+                if self.evaluating is None or not self.evaluating.of_same(report):
+                    self.evaluating = Evaluation(self.now(), report, first=report.done)
+                self.evaluating.latest, self.evaluating.at = report, self.now()
             case r.EvaluationRow():
                 self.evaluating = None
                 self.rows.append(report.row)
@@ -92,6 +116,11 @@ class RunState:
                 self.rows = list(report.rows) or self.rows
             case r.Interrupted():
                 self.interrupted = report
+
+    @property
+    def stopping_after(self) -> str:
+        """What is finished first when a stop has been asked for."""
+        return "batch of answers" if self.evaluating is not None else "step"
 
     def _stage(self, index: int, name: str, total: int) -> Stage:
         for stage in self.stages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 
 import mlx.core as mx
@@ -17,12 +17,12 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation.metrics import majority_share, same_text, share, wilson_interval
 from mpi_mlx.rollouts.prefill import prefill
 from mpi_mlx.rollouts.rewards import exact_match, trace, well_formed
-from mpi_mlx.rollouts.sampler import Completion, SamplingStats, generate_greedy
+from mpi_mlx.rollouts.sampler import Completion, SamplingStats, finish, greedy_batches
 from mpi_mlx.rollouts.tool_calls import parse_tool_calls, tool_call_score
 from mpi_mlx.training import world
 
 PREFILL_PROMPTS = 5  # prompts whose prefill is timed alone
-Progress = Callable[[int, int], None]  # (examples answered, examples in all)
+Progress = Callable[[int, int], None]  # (examples answered, examples in all): 0 first, then after each batch
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,44 @@ def evaluate(
     Raises:
         DataError: no examples, or one without an answer.
     """
+    work = evaluation(model, examples, document, label=label, spec=spec, reasoning=reasoning)
+    while True:
+        try:
+            done = next(work)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(*done)
+
+
+def evaluation(
+    model,
+    examples: Sequence[Example],
+    document: PolicyDocument | None = None,
+    *,
+    label: str,
+    spec,
+    reasoning: bool = True,
+) -> Generator[tuple[int, int], None, tuple[dict, list[dict]]]:
+    """:func:`evaluate` in steps: yields (examples answered, examples in all), 0 first, then after each batch.
+
+    May be left at any of them; the processes of a data-parallel run must leave at the same one, and each
+    yields as often as the others.
+    """
     examples = list(examples)[: getattr(spec, "samples", None)]
     if not examples:
         raise DataError("evaluation: the test split is empty; give it examples with answers")
     for example in examples:
         if example.answer is None:
             raise DataError(f"evaluation: example {example.id!r} has no answer to compare with")
+    yield 0, len(examples)
     prompts = [
         model.encode(place_document(e.messages, document), tools=e.tools, generation_prompt=True)
         for e in examples
     ]
     began = time.perf_counter()
     stats = SamplingStats()
-    completions = _generate(model, prompts, spec, stats, progress)
+    completions = yield from _generate(model, prompts, spec, stats)
     seconds = time.perf_counter() - began
     predictions = [
         _grade(e, model.decode(c.ids), c.finished, label, document is not None)
@@ -109,22 +134,22 @@ def time_prefill(model, prompts: Sequence, count: int = PREFILL_PROMPTS) -> floa
     return statistics.median(times[1:])
 
 
-def _generate(model, prompts, spec, stats: SamplingStats, progress: Progress | None) -> list[Completion]:
+def _generate(model, prompts, spec, stats: SamplingStats) -> Generator[tuple[int, int], None, list[Completion]]:
     """Greedy completions of all prompts; each process of a data-parallel run answers its share."""
+    processes, total = world.world().size(), len(prompts)
     mine = world.share(list(prompts))
-    # Slices let a caller show progress; each prefills the document once.
-    size = spec.batch_size if progress is not None else len(mine)
-    found = []
-    for start in range(0, len(mine), max(size, 1)):
-        found += generate_greedy(
-            model, mine[start : start + size], max_tokens=spec.max_completion_tokens,
-            batch_size=spec.batch_size, stats=stats,
-        )
-        if progress is not None:
-            progress(min(len(found) * world.world().size(), len(prompts)), len(prompts))
-    if world.world().size() == 1:
+    work = greedy_batches(
+        model, mine, max_tokens=spec.max_completion_tokens, batch_size=spec.batch_size, stats=stats
+    )
+    # A process whose share is one shorter may be done a batch sooner; it still says so as often as the rest.
+    for batch in range(1, -(-total // (processes * spec.batch_size)) + 1):
+        if len(mine) > (batch - 1) * spec.batch_size:
+            next(work)
+        yield min(batch * spec.batch_size * processes, total), total
+    found = finish(work)
+    if processes == 1:
         return found
-    numbers = world.share(list(range(len(prompts))))
+    numbers = world.share(list(range(total)))
     told = [[n, c.ids.tolist(), c.finished] for n, c in zip(numbers, found, strict=True)]
     return [
         Completion(np.array(ids, np.int32), np.zeros(len(ids), np.float32), finished)

@@ -6,7 +6,7 @@ that: each row has its own uniform numbers, one a token, turned into a token by 
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -82,6 +82,23 @@ def sample_mixed(
         logprobs: False leaves `Completion.logprobs` zero and spares a softmax when greedy.
         stats: counted up.
     """
+    options = dict(temperature=temperature, top_p=top_p, key=key, stop_ids=stop_ids, max_rows=max_rows)
+    return finish(_sample_waves(model, requests, max_tokens, **options, logprobs=logprobs, stats=stats))
+
+
+def finish(work: Generator):
+    """Runs a generator to its end; what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def _sample_waves(
+    model, requests, max_tokens: int, *, temperature, top_p, key, stop_ids, max_rows, logprobs, stats
+) -> Generator[int, None, list[list[Completion]]]:
+    """`sample_mixed`, yielding after each wave how many rows are done."""
     kv.route_attention(model.net)
     stats = SamplingStats() if stats is None else stats
     requests = list(requests)
@@ -100,8 +117,11 @@ def sample_mixed(
     shared = [prefill_shared(model, requests[c.indices[0]][0], c.shared) for c in clusters]
     stats.prefill_seconds += time.perf_counter() - begin
     stats.prefill_tokens += sum(c.shared for c in clusters)
+    rows_done = 0
     for wave in _waves(clusters, requests, max_rows):
         _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, stats)
+        rows_done += sum(requests[i][1] for _, indices in wave for i in indices)
+        yield rows_done
     done = collected.completions()
     stats.decode_tokens += sum(len(c.ids) for c in done)
     return [done[first[i] : first[i + 1]] for i in range(len(requests))]
@@ -115,7 +135,12 @@ def _uniforms(key: mx.array, counts: Sequence[int], max_tokens: int) -> np.ndarr
     return np.concatenate([np.array(d) for d in drawn])
 
 
-def generate_greedy(
+def generate_greedy(model, prompts: Sequence, **options) -> list[Completion]:
+    """The greedy completion of each prompt, without log-probabilities. Options as in `greedy_batches`."""
+    return finish(greedy_batches(model, prompts, **options))
+
+
+def greedy_batches(
     model,
     prompts: Sequence,
     *,
@@ -123,13 +148,15 @@ def generate_greedy(
     batch_size: int = 64,
     stop_ids: Collection[int] | None = None,
     stats: SamplingStats | None = None,
-) -> list[Completion]:
-    """The greedy completion of each prompt, `batch_size` rows at a time, without log-probabilities.
+) -> Generator[int, None, list[Completion]]:
+    """`generate_greedy`, yielding after each batch how many prompts have been answered.
 
-    A shared document is prefilled once for all batches.
+    A shared document is prefilled once for all batches. Batches hold `batch_size` rows, the last one what is left.
     """
-    options = dict(temperature=0.0, max_rows=batch_size, stop_ids=stop_ids, logprobs=False, stats=stats)
-    groups = sample(model, prompts, num_samples=1, max_tokens=max_tokens, **options)
+    groups = yield from _sample_waves(
+        model, [(prompt, 1) for prompt in prompts], max_tokens, temperature=0.0, top_p=1.0, key=None,
+        stop_ids=stop_ids, max_rows=batch_size, logprobs=False, stats=stats,
+    )
     return [group[0] for group in groups]
 
 

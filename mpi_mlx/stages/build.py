@@ -58,5 +58,7 @@ def validation(model, spec, dataset: Dataset | None) -> float | None:
     class Settings:
         batch_size, max_completion_tokens, samples = 64, spec.max_completion_tokens, VALIDATION_ANSWERS
 
+    model.net.eval()  # no dropout
     row, _ = evaluate(model, dataset.validation, None, label="validation", spec=Settings, reasoning=spec.reasoning)
+    model.net.train()
     return 1.0 - row["accuracy"]

@@ -53,6 +53,8 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
+    """``done`` of ``total`` examples are answered: 0 first, then after each batch."""
+
     label: str
     document_in_context: bool
     done: int
@@ -83,7 +85,10 @@ class RunFinished:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The run stopped on request after a whole step; ``resume_command`` goes on from there."""
+    """The run stopped on request, after a whole step or a batch of answers; ``resume_command`` goes on from there.
+
+    A step is kept; of an evaluation that was stopped nothing is, and it is done again.
+    """
 
     output: str
     resume_command: str

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,7 +15,7 @@ from mpi_mlx import runtime
 from mpi_mlx.atomic import replace_dir, temporary_dir
 from mpi_mlx.data.dataset import Dataset, load_dataset
 from mpi_mlx.errors import RecipeError
-from mpi_mlx.evaluation.evaluate import evaluate
+from mpi_mlx.evaluation.evaluate import evaluation
 from mpi_mlx.evaluation.forgetting import forgetting, perplexity
 from mpi_mlx.evaluation.report import write_report
 from mpi_mlx.evaluation.results import load_results, record, record_facts, results_path
@@ -34,7 +31,7 @@ from mpi_mlx.training import world
 from mpi_mlx.training.fit import fit
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.optimizer import Optimizer
-from mpi_mlx.training.recorders import recorders
+from mpi_mlx.training.recorders import Recorders, check_recorders
 from mpi_mlx.training.reports import (
     EvaluationProgress,
     EvaluationRow,
@@ -46,32 +43,9 @@ from mpi_mlx.training.reports import (
     StageStarted,
     ValidationReport,
 )
+from mpi_mlx.training.stopping import request_stop, stop_on_interrupt, stopping
 
-_stop = threading.Event()
-
-
-def request_stop() -> None:
-    """Asks the run in this process to finish its step, write a checkpoint and end."""
-    _stop.set()
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt():
-    """The first Ctrl-C asks for a stop; the second one is Python's own."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number, frame):
-        request_stop()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+__all__ = ["request_stop", "train"]
 
 
 def train(recipe, *, resume: bool = False) -> Iterator[object]:
@@ -83,15 +57,20 @@ def train(recipe, *, resume: bool = False) -> Iterator[object]:
     Raises:
         MPIError: a bad recipe, dataset, model or folder; before anything is trained where that can be.
     """
-    _stop.clear()
-    with _stop_on_interrupt(), runtime.keep_awake():
-        yield from _Run(recipe, resume).go()
+    stopping.clear()
+    with stop_on_interrupt(), runtime.keep_awake():
+        run = _Run(recipe, resume)
+        try:
+            yield from run.go()
+        finally:
+            run.close()
 
 
 class _Run:
     def __init__(self, recipe, resume: bool):
         self.recipe, self.resume = recipe, resume
         self.began, self.seconds_before = time.perf_counter(), 0.0
+        self.stopped = False  # by request; the same in every process
         runtime.configure()
         self.dataset: Dataset | None = None
         if recipe.data is not None:
@@ -109,10 +88,11 @@ class _Run:
                 raise RecipeError("lora: null is for pretrain stages only; give lora a rank")
             attach_lora(self.model, recipe.lora, mx.random.key(recipe.seed))
         self._check_stages()
+        check_recorders(recipe)
         # The folder comes last: nothing is written for a recipe that cannot run.
         self.folder = RunFolder(Path(recipe.output), recipe, resume=resume, writes=world.is_main())
         self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
-        self.recorders = recorders(recipe, self.folder.path) if world.is_main() else []
+        self.recorders = Recorders(recipe, self.folder.path) if world.is_main() else None
 
     def _check_stages(self) -> None:
         for index, spec in enumerate(self.recipe.stages):
@@ -129,26 +109,35 @@ class _Run:
             (i, s.stage, stage_steps(s, self.dataset)) for i, s in enumerate(recipe.stages)
         )
         yield RunStarted(recipe.name, recipe.output, total, trainable, stages, runtime.device_summary())
-        yield from self._evaluate("base")
+        labels = self._labels()
+        yield from self._evaluate(labels[0])
         for index, spec in enumerate(recipe.stages):
+            if self._stop_everywhere():
+                break
             if self.folder.stage_done(index):
                 if self.folder.stage_done(index + 1):
                     continue
                 self._restore(index)
             else:
                 yield from self._stage(index, spec, stages[index][2])
-                if _stop.is_set():
-                    yield Interrupted(recipe.output, f"{recipe.command} --resume")
-                    return
             # A run may have been killed between a stage's end and the end of its evaluation.
-            yield from self._evaluate(self._label(index))
-        yield from self._finish()
+            if not self.stopped:
+                yield from self._evaluate(labels[index + 1])
+        if self.stopped:
+            yield Interrupted(recipe.output, f"{recipe.command} --resume")
+        else:
+            yield from self._finish()
 
-    def _label(self, index: int) -> str:
-        """The stage's name, numbered when a stage occurs more than once."""
+    def close(self) -> None:
+        if self.recorders:
+            self.recorders.close()
+
+    def _labels(self) -> list[str]:
+        """base, and each stage's name, numbered when it occurs more than once."""
         names = [s.stage for s in self.recipe.stages]
-        name = names[index]
-        return name if names.count(name) == 1 else f"{name}{names[: index + 1].count(name)}"
+        return ["base"] + [
+            name if names.count(name) == 1 else f"{name}{names[: i + 1].count(name)}" for i, name in enumerate(names)
+        ]
 
     def _finish(self) -> Iterator[object]:
         rows, report = (), None
@@ -163,8 +152,6 @@ class _Run:
                 report = str(write_report(self.folder.path, self.dataset.test if self.dataset else ()))
             self.folder.mark(finished=True)
         world.barrier()
-        for recorder in self.recorders:
-            recorder.close()
         yield RunFinished(self.recipe.output, self._elapsed(), rows, report)
 
     def _elapsed(self) -> float:
@@ -208,15 +195,18 @@ class _Run:
             module, source, objective, spec, total=total, seed=seed, optimizer=optimizer, start=start
         ):
             folder.append_metrics({"stage_index": index, **asdict(report)})
-            for recorder in self.recorders:
-                recorder.step(index, report)
+            if self.recorders:
+                self.recorders.step(index, report)
             yield report
             last = step = report.step
             stop = self._stop_everywhere()
             if spec.validate_every and (step % spec.validate_every == 0 or step == total):
                 loss = validation(self.model, spec, self.dataset)
                 if loss is not None:
-                    yield ValidationReport(spec.stage, step, loss)
+                    validated = ValidationReport(spec.stage, step, loss)
+                    if self.recorders:
+                        self.recorders.validation(index, validated)
+                    yield validated
                     if best is None or loss < best["loss"]:
                         best = {"step": step, "loss": loss}
                         save(step)
@@ -234,8 +224,9 @@ class _Run:
         yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began)
 
     def _stop_everywhere(self) -> bool:
-        """Whether any process was asked to stop; the processes must stop at the same step."""
-        return world.sum_numbers([float(_stop.is_set())])[0] > 0
+        """Whether any process was asked to stop; the processes must stop at the same step, so all ask this."""
+        self.stopped = self.stopped or world.sum_numbers([float(stopping.is_set())])[0] > 0
+        return self.stopped
 
     def _close_stage(self, index: int, spec, module, root: Path, seconds: float) -> Iterator[object]:
         if world.is_main():
@@ -279,25 +270,37 @@ class _Run:
             documents.append(self.dataset.document)
         for document in documents:
             if [label, document is not None] not in self.folder.progress["evaluated"]:
+                if self._stop_everywhere():
+                    return
                 yield from self._evaluate_mode(label, document)
+                if self.stopped:
+                    return
         if spec.forgetting and world.is_main():
             self._measure_forgetting(label)
         world.barrier()
 
     def _evaluate_mode(self, label: str, document) -> Iterator[object]:
-        """Every process answers its share; rank 0 writes."""
+        """Every process answers its share; rank 0 writes. A stop is looked at after each batch but the last."""
         reasoning = next((s.reasoning for s in self.recipe.stages if s.stage == "sft"), True)
         in_context = document is not None
-        count = len(list(self.dataset.test)[: self.recipe.evaluation.samples])
-        yield EvaluationProgress(label, in_context, 0, count)
-        row, predictions = evaluate(
+        work = evaluation(
             self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation, reasoning=reasoning
         )
+        while True:
+            try:
+                done, total = next(work)
+            except StopIteration as end:
+                row, predictions = end.value
+                break
+            yield EvaluationProgress(label, in_context, done, total)
+            if done < total and self._stop_everywhere():
+                work.close()
+                return
         self.folder.progress["evaluated"].append([label, in_context])
         if world.is_main():
             record(self.folder.path, row, predictions)
             self.folder.mark()
-        yield EvaluationProgress(label, in_context, count, count)
+            self.recorders.row(self._labels().index(label), row)
         yield EvaluationRow(row)
 
     def _measure_forgetting(self, label: str) -> None:

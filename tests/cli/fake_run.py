@@ -37,7 +37,7 @@ def rl_metrics(i, n):
 
 def evaluation(model, plain, carried):
     for in_context, accuracy in ((False, plain), (True, carried)):
-        for done in range(64, 500, 64):
+        for done in range(0, 500, 64):
             yield r.EvaluationProgress(model, in_context, done, 500)
         yield r.EvaluationProgress(model, in_context, 500, 500)
         yield r.EvaluationRow(row(model, in_context, accuracy))

@@ -70,6 +70,13 @@ def test_plain_lines_at_a_sensible_rate():
     assert not any("\x1b" in line for line in lines)
 
 
+def test_plain_lines_say_how_long_an_evaluation_takes():
+    """64 answers in 4 s, so every second report is due; 128 after 8 s leave 372, which take 23."""
+    lines = [line for line in plain_lines(seconds_each=4.0) if line.startswith("evaluation of base without")]
+    said = ("0/500", "128/500  0:23 left", "256/500  0:15 left", "384/500  0:07 left")
+    assert lines == [f"evaluation of base without the document: {part}" for part in said]
+
+
 def test_slow_steps_each_get_a_line():
     lines = plain_lines(seconds_each=6.0)
     assert sum(line.startswith("cpt ") and "/20" in line for line in lines) == 20
@@ -99,6 +106,30 @@ def test_live_view_of_an_evaluation():
     state = state_at(lambda x: isinstance(x, r.EvaluationProgress) and x.label == "cpt" and x.done == 256)
     text = text_of(render(state))
     assert "evaluating cpt without the document" in text and "256/500" in text
+    # A report each half second and 64 answers in each: 256 took 2 s, 244 are left.
+    assert "0:02 left" in text
+
+
+def test_time_left_of_an_evaluation_by_hand():
+    state = RunState(now=Clock(0.0))
+
+    def left():
+        return None if state.evaluating is None else state.evaluating.left(state.now())
+
+    state.now.time = 100.0
+    state.add(r.EvaluationProgress("base", False, 0, 10))
+    assert left() is None
+    state.now.time = 104.0
+    state.add(r.EvaluationProgress("base", False, 4, 10))
+    assert left() == 6.0  # a second an answer
+    state.now.time = 105.0
+    assert left() == 5.0 and state.stopping_after == "batch of answers"
+    state.now.time = 120.0
+    assert left() == 0.0  # later than thought, but not less than nothing
+    state.add(r.EvaluationProgress("base", True, 0, 10))
+    assert left() is None  # the pace of the other mode says nothing
+    state.add(r.EvaluationRow(fake_run.row("base", True, 0.5)))
+    assert left() is None and state.stopping_after == "step"
 
 
 def test_live_view_of_a_resumed_stage_counts_what_was_done():
@@ -142,6 +173,8 @@ def test_stopping_and_interrupted_are_said():
             view.show(report)
         view.stopping()
         assert "stopping after this step" in text_of(render(view.state))
+        view.show(r.EvaluationProgress("cpt", False, 0, 500))
+        assert "stopping after this batch of answers" in text_of(render(view.state))
         view.show(r.Interrupted("runs/a", "mpi-mlx train a --resume"))
     assert "mpi-mlx train a --resume" in console.file.getvalue()
 

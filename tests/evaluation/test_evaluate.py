@@ -13,10 +13,12 @@ from mpi_mlx.data.scenes import random_scenes
 from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation import evaluate as module
-from mpi_mlx.evaluation.evaluate import evaluate
+from mpi_mlx.evaluation.evaluate import evaluate, evaluation
 from mpi_mlx.evaluation.forgetting import forgetting, general_text, perplexity
 from mpi_mlx.models import load_model
+from mpi_mlx.rollouts import sampler
 from mpi_mlx.rollouts.sampler import Completion
+from mpi_mlx.training import world
 
 SPEC = SimpleNamespace(batch_size=2, max_completion_tokens=5, samples=None)
 
@@ -34,12 +36,14 @@ def example(identity, answer, reasoning=None, **fields):
 def answered(model, monkeypatch, texts):
     """Lets the model say ``texts``."""
     said = [Completion(model.encode_completion(t), np.zeros(1, np.float32), True) for t in texts]
-    left = iter(said)
 
-    def spoken(model, prompts, **options):
-        return [next(left) for _ in prompts]
+    def spoken(model, prompts, *, batch_size, **options):
+        assert len(prompts) == len(said)
+        for start in range(0, len(said), batch_size):
+            yield min(start + batch_size, len(said))
+        return said
 
-    monkeypatch.setattr(module, "generate_greedy", spoken)
+    monkeypatch.setattr(module, "greedy_batches", spoken)
     return [len(c.ids) for c in said]
 
 
@@ -101,11 +105,47 @@ def test_a_whole_evaluation(model):
     seen = []
     plain, said = evaluate(model, rows, label="base", spec=SPEC, progress=lambda *at: seen.append(at))
     carried, _ = evaluate(model, rows, document, label="base", spec=SPEC)
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
     assert carried["document_in_context"] and carried["prompt_tokens"] > plain["prompt_tokens"] + 20
     assert len({p["completion"] for p in said}) == 1  # equal prompts, equal greedy answers
     few, _ = evaluate(model, rows, label="base", spec=SimpleNamespace(**{**vars(SPEC), "samples": 3}))
     assert few["n"] == 3
+
+
+def test_a_document_is_prefilled_once_for_all_batches(model, monkeypatch):
+    document = PolicyDocument.from_text("Say stop to red ones. " * 4, "rules")
+    shared, prefilled = [], sampler.prefill_shared
+    monkeypatch.setattr(
+        sampler, "prefill_shared", lambda model, prompt, n: shared.append(n) or prefilled(model, prompt, n)
+    )
+    rows = [example(str(i), "stop", "red") for i in range(5)]
+    steps = evaluation(model, rows, document, label="base", spec=SPEC)
+    assert [next(steps) for _ in range(3)] == [(0, 5), (2, 5), (4, 5)]
+    steps.close()  # may be left between batches
+    assert len(shared) == 1 and shared[0] > 50
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("count", [1, 4, 5, 8])
+def test_processes_say_how_far_they_are_equally_often(model, monkeypatch, count, rank):
+    """Two processes, batches of 2: of 5 examples one answers 3, in two batches, the other 2, in one."""
+    monkeypatch.setattr(world, "world", lambda: SimpleNamespace(size=lambda: 2, rank=lambda: rank))
+    monkeypatch.setattr(world, "gather_objects", lambda mine: [[n, [1], True] for n in range(count)])
+    asked = []
+
+    def spoken(model, prompts, *, batch_size, **options):
+        for start in range(0, len(prompts), batch_size):
+            asked.append(len(prompts[start : start + batch_size]))
+            yield start
+        return [Completion(np.array([1], np.int32), np.zeros(1, np.float32), True) for _ in prompts]
+
+    monkeypatch.setattr(module, "greedy_batches", spoken)
+    rows = [example(str(i), "stop") for i in range(count)]
+    said = list(evaluation(model, rows, label="base", spec=SPEC))
+    assert said == [(0, count), *{1: [(1, 1)], 4: [(4, 4)], 5: [(4, 5), (5, 5)], 8: [(4, 8), (8, 8)]}[count]]
+    # ... and without the stand-in: no prompts, no batches
+    assert sampler.finish(sampler.greedy_batches(model, [], max_tokens=2)) == []
+    assert asked == {1: [[1], []], 4: [[2], [2]], 5: [[2, 1], [2]], 8: [[2, 2], [2, 2]]}[count][rank]
 
 
 def test_nothing_to_evaluate(model):

@@ -18,6 +18,7 @@ from mpi_mlx.recipe import load_recipe
 from mpi_mlx.runtime import on_cpu
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.reports import (
+    EvaluationProgress,
     EvaluationRow,
     Interrupted,
     RunFinished,
@@ -104,6 +105,64 @@ def test_stopped_in_the_last_step_of_a_validated_stage(base, tmp_path):
     assert isinstance(reports[-1], Interrupted)
     assert isinstance(list(train(recipe, resume=True))[-1], RunFinished)
     assert adapters(tmp_path / "run") == adapters(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("label, in_context", [("base", False), ("base", True), ("cpt", True)])
+def test_stopped_between_batches_of_answers(base, tmp_path, label, in_context):
+    """Only the evaluation that was stopped is done again, and nothing else differs."""
+    changes = dict(
+        data={"benchmark": "clevr_policy", "depth": 1, "train": 5, "rl": 2, "validation": 2, "test": 5},
+    )
+    file = write_recipe(tmp_path / "r.yaml", base, [STAGES["cpt"] | {"steps": 1}], **changes)
+    undisturbed, recipe = (load_recipe(file, output=tmp_path / name) for name in ("undisturbed", "run"))
+    list(train(undisturbed))
+    order = [(name, carried) for name in ("base", "cpt") for carried in (False, True)]
+    before = order[: order.index((label, in_context))]
+
+    reports = []
+    for report in train(recipe):
+        reports.append(report)
+        if isinstance(report, EvaluationProgress) and report.done == 2:
+            if (report.label, report.document_in_context) == (label, in_context):
+                request_stop()
+    assert isinstance(reports[-1], Interrupted) and reports[-1].resume_command.endswith(" --resume")
+    assert reports[-2] == EvaluationProgress(label, in_context, 2, 5)
+    if before:
+        assert [(r["model"], r["document_in_context"]) for r in result_rows(tmp_path / "run")] == before
+    else:
+        assert not (tmp_path / "run" / "evaluation").exists()
+
+    again = list(train(recipe, resume=True))
+    assert isinstance(again[-1], RunFinished)
+    rows = [r.row for r in again if isinstance(r, EvaluationRow)]
+    assert [(r["model"], r["document_in_context"]) for r in rows] == order[len(before) :]
+    assert [r.done for r in again if isinstance(r, EvaluationProgress)] == [0, 2, 4, 5] * len(rows)
+    assert len([r for r in again if isinstance(r, StepReport)]) == (label == "base")
+    assert result_rows(tmp_path / "run") == result_rows(tmp_path / "undisturbed")
+    assert adapters(tmp_path / "run") == adapters(tmp_path / "undisturbed")
+
+
+def test_stopped_in_the_last_batch_of_answers(base, tmp_path):
+    """The answers are kept: before a stage the run ends there, and after the last one it finishes."""
+    recipe = load_recipe(
+        write_recipe(tmp_path / "r.yaml", base, [STAGES["cpt"] | {"steps": 1}]), output=tmp_path / "run"
+    )
+
+    def stopped_after(label, resume):
+        reports = []
+        for report in train(recipe, resume=resume):
+            reports.append(report)
+            if isinstance(report, EvaluationRow) and report.row["model"] == label:
+                if report.row["document_in_context"]:
+                    request_stop()
+        return reports
+
+    first = stopped_after("base", False)
+    assert isinstance(first[-1], Interrupted) and not [r for r in first if isinstance(r, StageStarted)]
+    assert len(result_rows(tmp_path / "run")) == 2
+    second = stopped_after("cpt", True)
+    assert isinstance(second[-1], RunFinished)
+    assert len([r for r in second if isinstance(r, EvaluationRow)]) == 2
 
 
 def test_interrupt_ends_the_step_saves_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):
