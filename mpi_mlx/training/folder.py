@@ -19,12 +19,14 @@ PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
 class RunFolder:
     """``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``progress.json``, ``stages/``, ``adapter/`` ...
 
+    ``document``: whose name and hash the environment records; the files may have changed when they are read.
+
     Raises:
         CheckpointError: the folder holds another recipe's run, or a run and ``resume`` is off, or none and
             ``resume`` is on.
     """
 
-    def __init__(self, path: Path, recipe, *, resume: bool, writes: bool = True):
+    def __init__(self, path: Path, recipe, *, resume: bool, writes: bool = True, document=None):
         self.path, self.writes = path, writes
         recipe_file = path / "recipe.yaml"
         text = recipe.to_yaml()
@@ -45,7 +47,10 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with atomic_write(recipe_file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            write_json_atomic(path / "environment.json", environment())
+            facts = environment()
+            if document is not None:
+                facts["document"] = {"name": document.name, "sha256": document.sha256}
+            write_json_atomic(path / "environment.json", facts)
 
     def stage(self, index: int, name: str) -> Path:
         """``stages/1-cpt`` for index 0."""
