@@ -92,6 +92,11 @@ def unify(modules: dict[str, LowRank], rank: int, scale: float) -> dict[str, Low
 # --- MLX's form -------------------------------------------------------------------------------------------
 
 
+def _number(stage: str) -> int:
+    number = stage.partition("-")[0]
+    return int(number) if number.isdigit() else 0
+
+
 def find_adapter(path: Path) -> Path:
     """The adapter folder of a run, or the folder itself."""
     for folder in (path, path / "adapter"):
@@ -99,6 +104,14 @@ def find_adapter(path: Path) -> Path:
             return folder
     if (path / PEFT_WEIGHTS).exists():
         raise ConversionError(f"{path} is a PEFT adapter: use `mpi-mlx convert from-peft` first")
+    stages = sorted(path.glob(f"stages/*/adapter/{MLX_WEIGHTS}"), key=lambda p: _number(p.parent.parent.name))
+    if stages:
+        raise ConversionError(
+            f"{path} is not finished: `mpi-mlx train {path} --resume`, or give the adapter of its last stage, "
+            f"{stages[-1].parent}"
+        )
+    if (path / "model" / "config.json").exists():
+        raise ConversionError(f"{path} trained a whole model, no adapter: it is in {path / 'model'}")
     raise ConversionError(f"{path} has no {MLX_WEIGHTS} and no adapter folder: is it a run?")
 
 

@@ -17,19 +17,69 @@ from mpi_mlx.convert.configs import read_json as read_config
 from mpi_mlx.convert.folders import find_source
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import open_checkpoint
-from mpi_mlx.errors import ConversionError
+from mpi_mlx.errors import ConversionError, MPIError
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that an adapter folder belongs to: ``RUN/adapter`` or ``RUN/stages/2-sft/adapter``."""
+    folder = folder.absolute()
+    places = [folder]
+    if folder.name == "adapter":
+        places += [folder.parent] + ([folder.parents[2]] if folder.parent.parent.name == "stages" else [])
+    # a folder with a recipe alone is a project, whose recipe may name another base
+    return next((p for p in places if all((p / n).is_file() for n in ("recipe.yaml", "environment.json"))), None)
 
 
 def run_recipe(folder: Path) -> dict:
     """recipe.yaml of the run that an adapter folder belongs to, or nothing."""
-    for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-        if path.is_file():
-            try:
-                recipe = yaml.safe_load(path.read_text())
-            except yaml.YAMLError as e:
-                raise ConversionError(f"{path} is not YAML: {' '.join(str(e).split())[:200]}") from None
-            return recipe if isinstance(recipe, dict) else {}
-    return {}
+    run = run_of(folder)
+    if run is None:
+        return {}
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    except yaml.YAMLError as e:
+        raise ConversionError(f"{run / 'recipe.yaml'} is not YAML: {' '.join(str(e).split())[:200]}") from None
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def stages_of(folder: Path, recipe: dict) -> list[str]:
+    """The stages that an adapter has been through: all of the run's, or those up to the one it is from."""
+    names = [s.get("stage", "?") for s in recipe.get("stages") or []]
+    place = folder.absolute().parent
+    number = place.name.partition("-")[0]
+    return names[: int(number)] if place.parent.name == "stages" and number.isdigit() else names
+
+
+def document_of(folder: Path, recipe: dict) -> dict | None:
+    """Name and sha256 of the policy document that a run was trained on: as the run recorded it, else as its
+    recipe's data give it today."""
+    run = run_of(folder)
+    if run is None:
+        return None
+    try:
+        found = json.loads((run / "environment.json").read_text()).get("document")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if isinstance(found, dict) and found.get("sha256"):
+        return found
+    return _document_today(run, recipe)
+
+
+def _document_today(run: Path, recipe: dict) -> dict | None:
+    from mpi_mlx.data.dataset import load_dataset
+    from mpi_mlx.recipe import load_recipe
+
+    if not recipe.get("data"):
+        return None
+    try:
+        data = load_recipe(run / "recipe.yaml").data
+        # the document without the examples
+        few = {"train": 0 if hasattr(data, "benchmark") else None, "rl": None}
+        few |= {"validation": few["train"], "test": few["train"]}
+        document = load_dataset(data.model_copy(update=few), run).document
+    except MPIError:  # files that are gone since: the card then names no document
+        return None
+    return None if document is None else {"name": document.name, "sha256": document.sha256}
 
 
 def base_of(folder: Path, adapter: Adapter) -> Path | None:

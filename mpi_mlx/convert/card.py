@@ -22,6 +22,16 @@ def front_matter(path: Path) -> dict:
     return head if isinstance(head, dict) else {}
 
 
+def original(source: str, folder: Path | None) -> str:
+    """What a folder that ``to-mlx`` wrote was made from, by its card; else the source as it is named."""
+    if folder is None or not Path(source).expanduser().is_dir():
+        return source
+    card = folder / "README.md"
+    named = front_matter(card).get("base_model")
+    ours = isinstance(named, str) and "`mpi-mlx convert to-mlx`" in card.read_text(encoding="utf-8", errors="replace")
+    return named if ours else source
+
+
 def find_license(folder: Path | None) -> tuple[str | None, str | None]:
     """(license as the base's card names it, name of a license file beside it)."""
     if folder is None:
@@ -46,10 +56,12 @@ def write_card(
     """Write README.md: base, stages, the document's hash and the license, as far as they are known."""
     named, file = find_license(license_from)
     license = license or named
-    head: dict = {"library_name": "mlx", "tags": ["mlx", "mpi-mlx"], "base_model": source}
+    base = original(source, license_from)
+    head: dict = {"library_name": "mlx", "tags": ["mlx", "mpi-mlx"], "base_model": base}
     if license:
         head["license"] = license
-    rows = [("Base", f"`{source}`"), ("Made by", f"`mpi-mlx convert {action}`")]
+    rows = [("Base", f"`{base}`" + (f", as in `{source}`" if base != source else ""))]
+    rows.append(("Made by", f"`mpi-mlx convert {action}`"))
     if stages:
         rows.append(("Stages", ", ".join(stages)))
     if document:

@@ -21,10 +21,12 @@ _NOT_COPIED = {
 
 
 def find_source(source: str | Path) -> Path:
-    """A local folder, ``embedded:NAME``, or a hub id (downloaded into the hub's cache)."""
+    """A local folder (a run's model, if it trained one whole), ``embedded:NAME``, or a hub id (downloaded)."""
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         raise ConversionError(f"{path.name} is a GGUF file: use `mpi-mlx convert gguf {path} DST`")
+    if (path / "recipe.yaml").is_file() and (path / "model" / "config.json").is_file():
+        return path / "model"  # a run of pretrain stages: it trained the whole model
     if path.is_dir():
         return path
     from mpi_mlx.models.folders import resolve_base
@@ -53,24 +55,23 @@ def refuse_other_formats(folder: Path) -> None:
     names = [p.name for p in folder.iterdir()]
     if any(n.endswith(".safetensors") for n in names) and (folder / "config.json").exists():
         return
-    shards = [n for n in names if n.startswith("model_world_size_") and n.endswith(".pt")]
-    actor = folder / "actor"
-    if shards or (actor.is_dir() and any(actor.glob("model_world_size_*.pt"))):
-        at = folder if shards else actor
-        raise ConversionError(
-            f"{at} holds FSDP shards of verl or EasyR1; merge them first: `python -m verl.model_merger merge "
-            f"--backend fsdp --local_dir {at} --target_dir MERGED` (EasyR1: `python3 scripts/model_merger.py "
-            f"--local_dir {at}`, result in {at}/huggingface)"
-        )
-    if "dist_ckpt" in names or (actor / "dist_ckpt").is_dir():
-        at = folder if "dist_ckpt" in names else actor
-        raise ConversionError(
-            f"{at} holds Megatron shards of verl; merge them first: `python -m verl.model_merger merge "
-            f"--backend megatron --local_dir {at} --target_dir MERGED`"
-        )
+    for at in _trainer_places(folder):
+        if any(at.glob("model_world_size_*.pt")):
+            raise ConversionError(
+                f"{at} holds FSDP shards of verl or EasyR1; merge them first: `python -m verl.model_merger merge "
+                f"--backend fsdp --local_dir {at} --target_dir MERGED` (EasyR1: `python3 scripts/model_merger.py "
+                f"--local_dir {at}`, result in {at}/huggingface)"
+            )
+        if (at / "dist_ckpt").is_dir():
+            raise ConversionError(
+                f"{at} holds Megatron shards of verl; merge them first: `python -m verl.model_merger merge "
+                f"--backend megatron --local_dir {at} --target_dir MERGED`"
+            )
     if "zero_to_fp32.py" in names or any("optim_states.pt" in n for n in names):
+        above = folder.absolute().parent  # DeepSpeed puts its script beside the folder of shards
+        at = above if "zero_to_fp32.py" not in names and (above / "zero_to_fp32.py").is_file() else folder
         raise ConversionError(
-            f"{folder} holds DeepSpeed ZeRO shards; merge them first: `cd {folder} && python zero_to_fp32.py "
+            f"{folder} holds DeepSpeed ZeRO shards; merge them first: `cd {at} && python zero_to_fp32.py "
             ". MERGED --safe_serialization`, then put config.json and the tokenizer's files beside the result"
         )
     for path in [folder, *(p for p in folder.iterdir() if p.is_dir())]:
@@ -94,6 +95,14 @@ def refuse_other_formats(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise ConversionError(f"{folder} has no config.json: is it a model folder?")
     raise ConversionError(f"{folder} has no *.safetensors files")
+
+
+def _trainer_places(folder: Path) -> list[Path]:
+    """Where verl and EasyR1 keep the actor's shards, seen from any folder of theirs, the newest step first."""
+    steps = [p for p in folder.glob("global_step_*") if p.name.rpartition("_")[2].isdigit()]
+    steps.sort(key=lambda p: int(p.name.rpartition("_")[2]), reverse=True)
+    places = [folder, folder / "actor", *(p / "actor" for p in steps)]
+    return places + ([folder.absolute().parent] if folder.name == "huggingface" else [])
 
 
 def check_disk(destination: Path, nbytes: int) -> None:

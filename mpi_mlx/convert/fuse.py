@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import numpy as np
 from mpi_mlx.convert import checks
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.adapters import Adapter, LowRank, check_fit, find_adapter, read_mlx_adapter
-from mpi_mlx.convert.bases import mlx_view, run_recipe
+from mpi_mlx.convert.bases import document_of, mlx_view, run_recipe, stages_of
 from mpi_mlx.convert.card import write_card
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Entry, Layout, head_and_embedding, untie
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, from_float32, to_float32
-from mpi_mlx.convert.weights import float32_bytes, quantize_in_place, read_layout, write_folder
+from mpi_mlx.convert.weights import float32_bytes, quantize_in_place, read_layout, write_folder, written_bytes
 from mpi_mlx.errors import ConversionError
 
 
@@ -47,8 +46,7 @@ def fuse(
     adapter = read_mlx_adapter(folder, layout.family)
     notes = _apply(layout, adapter, folder, dtype)
     final = Path(destination).expanduser()
-    size = sum(e.output().nbytes for e in layout.entries.values())
-    check_disk(final, size * (2 if quantize else 1))
+    check_disk(final, written_bytes(layout, dtype) * (2 if quantize else 1))
     with staged(final, overwrite=overwrite) as work:
         report = write_folder(
             layout, base_folder, final, work, dtype=dtype, shard_bytes=shard_bytes, for_mlx=action != "to-hf"
@@ -70,7 +68,7 @@ def fuse(
             source=str(base or (recipe.get("model") or {}).get("base") or base_folder),
             action=action,
             quantize=quantize,
-            stages=[s.get("stage", "?") for s in recipe.get("stages") or []],
+            stages=stages_of(folder, recipe),
             document=document_of(folder, recipe),
             adapter={"kind": adapter.kind, "rank": adapter.rank, "scale": adapter.scale},
             license_from=base_folder,
@@ -88,27 +86,6 @@ def _recorded_base(folder: Path) -> Path:
     if not named:
         raise ConversionError(f"{folder} does not name its base: pass --base MODEL")
     return find_source(named)
-
-
-def document_of(folder: Path, recipe: dict) -> dict | None:
-    """Name and sha256 of the run's policy document: as recorded, else of the recipe's own files."""
-    for place in (folder / "environment.json", folder.parent / "environment.json"):
-        if place.is_file():
-            try:
-                found = json.loads(place.read_text()).get("document")
-            except (ValueError, AttributeError):
-                found = None
-            if isinstance(found, dict) and found.get("sha256"):
-                return found
-            if isinstance(found, str):
-                return {"name": "", "sha256": found}
-    data = recipe.get("data") or {}
-    if data.get("document") and Path(data["document"]).exists():
-        from mpi_mlx.documents import load_document
-
-        document = load_document(Path(data["document"]))
-        return {"name": document.name, "sha256": document.sha256}
-    return None
 
 
 def _quantized_as_trained(entry: Entry, spec: dict) -> Entry:

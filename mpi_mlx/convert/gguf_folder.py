@@ -20,6 +20,7 @@ from mpi_mlx.convert.gguf_tokenizer import write_tokenizer
 from mpi_mlx.convert.layout import Entry, Layout
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, Output, from_float32, write_checkpoint
+from mpi_mlx.convert.weights import write_generation_config
 from mpi_mlx.errors import ConversionError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -205,7 +206,7 @@ def from_gguf(
         covered = checks.check_coverage(layout, work)
         write_checkpoint(work, outputs, limit=SHARD_BYTES)
         named = write_tokenizer(gguf.metadata, work, config["max_position_embeddings"])
-        _write_generation(work, config)
+        write_generation_config(work, config)
         report = ConversionReport(
             "gguf", final, config["model_type"], len(outputs), sum(o.nbytes for o in outputs), covered
         )
@@ -223,9 +224,3 @@ def from_gguf(
             work, source=f"{name} ({path.name})", action="gguf", license=gguf.metadata.get("general.license")
         )
     return report
-
-
-def _write_generation(work: Path, config: dict) -> None:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    generation = {k: config[k] for k in keys if config.get(k) is not None}
-    (work / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

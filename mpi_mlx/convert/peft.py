@@ -21,7 +21,7 @@ from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Layout, head_and_embedding, same_values, untie
 from mpi_mlx.convert.peft_files import read_peft_adapter, write_peft_adapter
 from mpi_mlx.convert.report import ConversionReport
-from mpi_mlx.convert.weights import float32_bytes, is_quantized, read_layout, write_folder
+from mpi_mlx.convert.weights import float32_bytes, is_quantized, read_layout, write_folder, written_bytes
 from mpi_mlx.errors import ConversionError
 
 # --- PEFT -> MLX -------------------------------------------------------------------------------------------
@@ -50,9 +50,11 @@ def from_peft(
     final = Path(destination).expanduser()
     text = layout.config.get("text_config") or layout.config
     if needs_model:
-        check_disk(final, sum(e.output().nbytes for e in layout.entries.values()))
+        check_disk(final, written_bytes(layout))
     with staged(final, overwrite=overwrite) as work:
-        named = str(final / "model") if needs_model else str(base)
+        own = Path(base).expanduser()
+        # the adapter is loaded from anywhere: a folder is named in full
+        named = str(final.absolute() / "model") if needs_model else str(own.absolute() if own.is_dir() else base)
         report = ConversionReport("from-peft", final, family.name)
         model = base_folder
         if needs_model:
@@ -138,12 +140,14 @@ def to_peft(
         report.nbytes = (work / PEFT_WEIGHTS).stat().st_size
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
         trained_on = base_of(folder, adapter)
-        if adapter.base_quantization or (trained_on and is_quantized(trained_on)):
+        quantized = bool(trained_on and is_quantized(trained_on))
+        if adapter.base_quantization or quantized:
             report.notes.append(
                 "the adapter was trained on a quantized base; on the float base it is off by that much"
             )
-        if check and not adapter.saved:
-            with mlx_view(base_folder, report) as runnable:
+        if check:
+            # the source runs on its own base, which has the modules that become modules_to_save
+            with mlx_view(base_folder if quantized or not trained_on else trained_on, report) as runnable:
                 sides = [("mlx on the source", "mlx", runnable, folder)] if runnable else []
                 sides.append(("peft on the result", "torch", base_folder, work))
                 checks.check_logits(report, layout.config, sides, float32_bytes(layout))

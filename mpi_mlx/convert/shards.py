@@ -82,6 +82,15 @@ def from_float32(data: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
 
 
+def _entry(name: str, info: dict) -> tuple[str, str, tuple[int, ...], int, int]:
+    """(name, type, shape, start, stop) of a header's entry; ValueError, TypeError or KeyError if it is none."""
+    start, stop = info["data_offsets"]
+    shape = tuple(info["shape"])
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(name)
+    return name, str(info["dtype"]), shape, start, stop
+
+
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Tensors and metadata of one safetensors file; a truncated or corrupt one is refused."""
     size = path.stat().st_size
@@ -94,21 +103,20 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             )
         try:
             header = json.loads(f.read(length))
-        except ValueError:
+            metadata = header.pop("__metadata__", {})
+            entries = [_entry(name, info) for name, info in header.items()]
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise ConversionError(f"the header of {path.name} is corrupt: fetch the file again") from None
-    metadata = header.pop("__metadata__", {})
     tensors, end = {}, 0
-    for name, info in header.items():
-        start, stop = info["data_offsets"]
-        shape = tuple(info["shape"])
-        if info["dtype"] not in ITEM_BYTES:
-            raise ConversionError(f"{name} in {path.name} has the unsupported type {info['dtype']}")
-        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[info["dtype"]]
+    for name, dtype, shape, start, stop in entries:
+        if dtype not in ITEM_BYTES:
+            raise ConversionError(f"{name} in {path.name} has the unsupported type {dtype}")
+        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
         if stop - start != nbytes:
             raise ConversionError(
                 f"{name} in {path.name} claims {stop - start} bytes, its shape needs {nbytes}"
             )
-        tensors[name] = Stored(name, info["dtype"], shape, path, 8 + length + start, nbytes)
+        tensors[name] = Stored(name, dtype, shape, path, 8 + length + start, nbytes)
         end = max(end, stop)
     if 8 + length + end != size:
         raise ConversionError(
@@ -124,7 +132,7 @@ def shard_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConversionError(f"{index} is no index: it needs a weight_map") from None
         missing = [n for n in names if not (folder / n).exists()]
         if missing:

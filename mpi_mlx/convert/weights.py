@@ -61,10 +61,20 @@ def write_folder(
     outputs = outputs_of(layout, dtype=dtype, for_mlx=True)
     write_checkpoint(work, outputs, limit=shard_bytes)
     copy_companions(source, work)
+    write_generation_config(work, config)
     return ConversionReport(
         "", destination, layout.family.name, len(outputs), sum(o.nbytes for o in outputs), covered,
         notes=list(layout.notes),
     )  # fmt: skip
+
+
+def write_generation_config(work: Path, config: dict) -> None:
+    """Where generation stops, as the config has it; nothing where the source's own file was copied."""
+    path = work / "generation_config.json"
+    found = {**(config.get("text_config") or {}), **config}
+    keys = {k: found[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if found.get(k) is not None}
+    if keys and not path.exists():
+        path.write_text(json.dumps(keys, indent=2) + "\n")
 
 
 def to_mlx(
@@ -89,9 +99,9 @@ def to_mlx(
     refuse_other_formats(folder)
     if is_quantized(folder):
         raise ConversionError(f"{folder} is quantized MLX already; `mpi-mlx convert to-hf` dequantizes it")
-    checkpoint, layout = read_layout(folder)
+    _, layout = read_layout(folder)
     final = Path(destination).expanduser()
-    check_disk(final, checkpoint.nbytes * (2 if quantize else 1))
+    check_disk(final, written_bytes(layout, dtype) * (2 if quantize else 1))
     with staged(final, overwrite=overwrite) as work:
         report = write_folder(layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes)
         report.action = "to-mlx"
@@ -114,6 +124,11 @@ def loads_in_mlx(layout: Layout) -> bool:
     except ConversionError:
         return False
     return True
+
+
+def written_bytes(layout: Layout, dtype: str | None = None) -> int:
+    """Bytes of the weights that :func:`write_folder` writes."""
+    return sum(o.nbytes for o in outputs_of(layout, dtype=dtype, for_mlx=True))
 
 
 def float32_bytes(layout: Layout) -> int:
@@ -185,7 +200,7 @@ def to_hf(
     folder = find_source(source)
     _, layout = read_layout(folder, find_source(base) if base else None, for_mlx=False)
     final = Path(destination).expanduser()
-    check_disk(final, sum(e.output().nbytes for e in layout.entries.values()))
+    check_disk(final, written_bytes(layout, dtype))
     with staged(final, overwrite=overwrite) as work:
         report = write_folder(
             layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes, for_mlx=False

@@ -14,7 +14,9 @@ from mpi_mlx.convert.peft import from_peft, to_peft
 from mpi_mlx.convert.peft_files import module_scale, write_peft_adapter
 from mpi_mlx.convert.shards import open_checkpoint, read_header, to_float32
 from mpi_mlx.convert.weights import to_hf, to_mlx
+from mpi_mlx.data.dataset import load_dataset
 from mpi_mlx.errors import ConversionError
+from mpi_mlx.recipe import load_recipe
 
 ROW = fam.FAMILIES["llama"]
 WIDE = {**LLAMA, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
@@ -180,6 +182,35 @@ def test_a_run_knows_its_base_stages_and_document(base, tmp_path):
     assert (tmp_path / "hf" / "tokenizer.json").exists()
 
 
+def test_the_adapter_of_a_stage_knows_its_run(base, tmp_path):
+    run = tmp_path / "run"
+    save(run / "stages" / "1-cpt" / "adapter", adapter_for(base), "elsewhere")
+    (run / "environment.json").write_text("{}")
+    (run / "recipe.yaml").write_text(
+        f"model: {base}\ndata: {{benchmark: clevr_policy, depth: 1, train: 2, test: 0}}\n"
+        "stages: [{stage: cpt, steps: 1}, {stage: sft, steps: 1}]\n"
+    )
+    resolved = load_recipe(run / "recipe.yaml")
+    (run / "recipe.yaml").write_text(resolved.to_yaml())
+    with pytest.raises(ConversionError, match=r"is not finished: .*or give the adapter of its last stage, .*1-cpt"):
+        fuse(run, tmp_path / "fused")
+    fuse(run / "stages" / "1-cpt" / "adapter", tmp_path / "fused", check=False)
+    card = (tmp_path / "fused" / "README.md").read_text()
+    # the run recorded no document: it is the one of its recipe's data
+    document = load_dataset(resolved.data, tmp_path).document
+    assert str(base) in card and "| Stages | cpt |" in card
+    assert f"{document.name} (sha256 `{document.sha256}`)" in card
+
+
+def test_a_project_is_no_run(base, tmp_path):
+    """A recipe beside an adapter folder may be of another base; the adapter's own word counts."""
+    (tmp_path / "recipe.yaml").write_text("model: embedded:tiny\nstages: [{stage: cpt}]\n")
+    save(tmp_path / "adapter", adapter_for(base), base)
+    fuse(tmp_path / "adapter", tmp_path / "fused", check=False)
+    card = (tmp_path / "fused" / "README.md").read_text()
+    assert str(base) in card and "Stages" not in card
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("config", [LLAMA, QWEN_VL], ids=["llama", "qwen2_5_vl"])
 def test_mlx_to_peft_and_back_is_bit_exact(tmp_path, config, dora):
@@ -267,6 +298,9 @@ def test_an_adapter_of_another_model_is_refused(base, tmp_path):
 def test_folders_that_are_no_adapters(base, tmp_path):
     with pytest.raises(ConversionError, match="is it a run"):
         fuse(base, tmp_path / "x")
+    write_model(tmp_path / "whole" / "model", LLAMA)
+    with pytest.raises(ConversionError, match="trained a whole model, no adapter: it is in .*whole/model"):
+        fuse(tmp_path / "whole", tmp_path / "x")
     folder = save(tmp_path / "adapter", adapter_for(base), base)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "fine_tune_type": "full"}))

@@ -1,4 +1,4 @@
-"""Against peft itself: adapters of each kind, both ways, and training that goes on across the two."""
+"""Against peft itself: adapters of each kind, both ways."""
 
 import json
 
@@ -121,7 +121,8 @@ def test_both_ways(bases, tmp_path, family, kind):
     base = tmp_path / "adapter" / "model" if kind == "projector" else mlx
     assert worst(mlx_logits(base, tmp_path / "adapter"), reference) < 1e-5
     assert "adapted modules" in report.covered
-    to_peft(tmp_path / "adapter", tmp_path / "back", base=hf, check=False)
+    report = to_peft(tmp_path / "adapter", tmp_path / "back", base=hf, check=kind == "projector")
+    assert kind != "projector" or (report.errors and report.worst < 1e-5)  # the source runs on its own base
     again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
     assert worst(torch_logits(hf, again), reference) < 1e-5
     if "patterns" not in kind:
@@ -201,50 +202,6 @@ def test_fused_equals_pefts_merge(bases, tmp_path, family, kind):
     )
     assert set(ours) == set(theirs)
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
-
-
-def loss_of(logits, ids):
-    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
-
-
-def test_training_goes_on_here_from_the_same_loss(bases, tmp_path):
-    """Ten steps in peft, then ten in MLX: the loss starts where peft left it, and falls."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-
-    hf, mlx = bases("llama")
-    base, _ = torch_side.load_torch(hf)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 128, (1, 24)))
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = loss_of(model(input_ids=ids).logits, ids)
-        losses.append(loss.item())
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    with torch.no_grad():
-        left = float(loss_of(model.eval()(input_ids=ids).logits, ids))
-    assert left < losses[0] - 0.5
-    model.save_pretrained(tmp_path / "peft")
-    from_peft(tmp_path / "peft", tmp_path / "adapter", base=mlx, check=False)
-    net = probe.load_net(mlx, adapter=tmp_path / "adapter")
-    net.freeze()
-    net.unfreeze(keys=["lora_a", "lora_b"])
-    row = mx.array(ids.numpy())
-
-    def mlx_loss(net):
-        return nn.losses.cross_entropy(net(row)[0, :-1], row[0, 1:], reduction="mean")
-
-    step, optimizer, ours = nn.value_and_grad(net, mlx_loss), optim.Adam(2e-3), []
-    for _ in range(10):
-        loss, grads = step(net)
-        optimizer.update(net, grads)
-        ours.append(loss.item())
-    assert ours[0] == pytest.approx(left, rel=1e-5)
-    assert ours[-1] < 0.8 * ours[0]
 
 
 REFUSED = [

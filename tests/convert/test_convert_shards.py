@@ -75,10 +75,30 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
         open_checkpoint(tmp_path)
 
 
-def test_a_corrupt_header_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{not json at all}",
+        b"[1, 2, 3]",
+        b"\xff\xfe\xfd{}",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [2]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": "no", "data_offsets": [0, 8]}}',
+    ],
+)
+def test_a_corrupt_header_is_refused(tmp_path, header):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", 16) + b"{not json at all}" + bytes(100))
-    with pytest.raises(ConversionError, match="corrupt"):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(ConversionError, match="the header of model.safetensors is corrupt: fetch the file again"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": [1]}', "{}"])
+def test_a_broken_index_is_refused(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConversionError, match="is no index: it needs a weight_map"):
         open_checkpoint(tmp_path)
 
 

@@ -14,11 +14,11 @@ from mpi_mlx.convert import specimens as hf_models  # noqa: E402
 from mpi_mlx.convert import torch_side  # noqa: E402
 from mpi_mlx.convert.shards import open_checkpoint  # noqa: E402
 from mpi_mlx.convert.specimens import as_mlx_saves  # noqa: E402
+from mpi_mlx.convert.table import TIED_ONLY  # noqa: E402
 from mpi_mlx.convert.weights import to_hf, to_mlx  # noqa: E402
 from mpi_mlx.errors import ConversionError  # noqa: E402
 from mpi_mlx.models import probe  # noqa: E402
 
-TIED_ONLY = {"gemma3", "paligemma", "paligemma2"}
 CASES = [
     pytest.param(kind, tied, id=f"{kind}-{'tied' if tied else 'untied'}")
     for kind in hf_models.FAMILIES
@@ -91,10 +91,10 @@ def test_to_mlx_runs_the_same_in_both(saved, tmp_path, kind, tied):
     assert max(torch_errors(tmp_path / "mlx", logits).values()) == 0.0
 
 
-@pytest.mark.parametrize("kind", [*ONE_EACH, "llava-llama"])
-def test_to_hf_of_a_trained_mlx_folder(saved, tmp_path, kind):
+@pytest.mark.parametrize("kind, tied", CASES)
+def test_to_hf_of_a_trained_mlx_folder(saved, tmp_path, kind, tied):
     """MLX saves changed weights under its own names; transformers then gives MLX's logits."""
-    source, _ = saved(kind, kind in TIED_ONLY)
+    source, _ = saved(kind, tied)
     to_mlx(source, tmp_path / "mlx", check=False)
     trained, net = as_mlx_saves(tmp_path / "mlx", tmp_path / "trained", noise=0.05)
     report = to_hf(trained, tmp_path / "hf", check=False)
@@ -134,10 +134,10 @@ def test_layouts_of_transformers_4(saved, tmp_path, kind, in_memory_names):
     assert max(torch_errors(tmp_path / "mlx", logits).values()) == 0.0
 
 
-@pytest.mark.parametrize("kind", hf_models.FAMILIES)
-def test_round_trip_is_bit_exact_in_bfloat16(tmp_path, kind):
+@pytest.mark.parametrize("kind, tied", CASES)
+def test_round_trip_is_bit_exact_in_bfloat16(tmp_path, kind, tied):
     """HF -> MLX -> saved by MLX -> HF: every tensor keeps its bits (qwen3_5's norms from the source)."""
-    model = hf_models.build(kind, kind in TIED_ONLY).to(torch.bfloat16)
+    model = hf_models.build(kind, tied).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 1
     to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
@@ -191,6 +191,7 @@ REFUSED = [
      lambda c: c["text_config"].update(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 4),
      "gemma3 with layer_types"),
     ("gemma3", lambda c: c.update(tie_word_embeddings=False), "gemma3 with tie_word_embeddings = False"),
+    ("paligemma", lambda c: c.update(tie_word_embeddings=False), "paligemma with tie_word_embeddings = False"),
     ("llava-llama", lambda c: c.update(vision_feature_layer=[-2, -1]),
      "llava with several vision_feature_layer"),
     ("llava-llama", lambda c: c["text_config"]["rope_parameters"].update(rope_type="dynamic", factor=2.0),

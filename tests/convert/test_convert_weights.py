@@ -123,6 +123,10 @@ def test_the_card_names_base_and_license(tmp_path):
     card = (tmp_path / "my.model" / "README.md").read_text()
     assert "license: apache-2.0" in card and "see LICENSE" in card and str(tmp_path / "source") in card
     assert "# my.model" in card
+    # the folder it was made from had it from elsewhere: the result of a result still names the source
+    to_hf(tmp_path / "my.model", tmp_path / "back", check=False)
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert f"base_model: {tmp_path / 'source'}\n" in card and f"as in `{tmp_path / 'my.model'}`" in card
 
 
 # --- refusals: one sentence, and no folder -----------------------------------------------------------------
@@ -195,6 +199,10 @@ def test_truncated_weights(tmp_path):
         ),
         (["model_world_size_2_rank_1.pt", "huggingface/config.json"], "scripts/model_merger.py --local_dir"),
         (["dist_ckpt/x"], "--backend megatron"),
+        (
+            ["global_step_9/actor/model_world_size_2_rank_0.pt", "global_step_10/actor/model_world_size_2_rank_0.pt"],
+            r"--backend fsdp --local_dir \S*source/global_step_10/actor ",
+        ),
         (["zero_to_fp32.py", "latest"], r"zero_to_fp32.py \. MERGED --safe_serialization"),
         (["pytorch_model_fsdp_0/__0_0.distcp"], "accelerate merge-weights .*pytorch_model_fsdp_0 MERGED"),
         (["adapter_config.json", "adapter_model.safetensors"], "is an adapter"),
@@ -209,6 +217,52 @@ def test_folders_of_other_kinds(tmp_path, files, match):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     refused(tmp_path, match)
+
+
+def test_folders_inside_a_checkpoint_know_their_place(tmp_path):
+    """The empty Hugging Face folder that verl leaves beside its shards, and DeepSpeed's folder of shards."""
+    actor = tmp_path / "actor"
+    (actor / "huggingface").mkdir(parents=True)
+    (actor / "model_world_size_2_rank_0.pt").write_text("")
+    (actor / "huggingface" / "config.json").write_text(json.dumps(LLAMA))
+    with pytest.raises(ConversionError, match=rf"--local_dir {actor} "):
+        to_mlx(actor / "huggingface", tmp_path / "mlx")
+    shards = tmp_path / "checkpoint-5" / "global_step5"
+    shards.mkdir(parents=True)
+    (shards / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_text("")
+    (shards.parent / "zero_to_fp32.py").write_text("")
+    with pytest.raises(ConversionError, match=rf"cd {shards.parent} && python zero_to_fp32.py"):
+        to_mlx(shards, tmp_path / "mlx")
+
+
+@pytest.mark.parametrize("dtype, needs", [(None, 1), ("float32", 2)])
+def test_the_disk_has_to_hold_what_is_written(tmp_path, monkeypatch, dtype, needs):
+    write_config(tmp_path)
+    stored = open_checkpoint(tmp_path / "source").nbytes
+    free = int(needs * stored * 1.02) + (64 << 20)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda p: SimpleNamespace(free=free - 1000))
+    refused(tmp_path, "GB free, mlx needs", DeviceError, dtype=dtype)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda p: SimpleNamespace(free=free + 1))
+    to_mlx(tmp_path / "source", tmp_path / "mlx", check=False, dtype=dtype)
+
+
+def test_a_run_that_trained_a_whole_model(tmp_path):
+    run = tmp_path / "run"
+    write_model(run / "model", LLAMA)
+    (run / "recipe.yaml").write_text("stages: [{stage: pretrain}]\n")
+    to_hf(run, tmp_path / "hf", check=False)
+    assert same(stored(tmp_path / "hf"), stored(run / "model"))
+
+
+def test_generation_stops_where_the_config_says(tmp_path):
+    write_model(tmp_path / "source", LLAMA)
+    path = tmp_path / "source" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.7}))
+    to_hf(tmp_path / "source", tmp_path / "one", check=False)
+    assert (tmp_path / "one" / path.name).read_bytes() == path.read_bytes()
+    path.unlink()
+    to_hf(tmp_path / "source", tmp_path / "two", check=False)
+    assert json.loads((tmp_path / "two" / path.name).read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def test_a_disk_too_small_is_said_beforehand(tmp_path, monkeypatch):
