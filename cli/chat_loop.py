@@ -13,7 +13,6 @@ from rich.text import Text
 
 from mpi_mlx.data.completion import THINK_CLOSE
 from mpi_mlx.errors import MPIError
-from mpi_mlx.rollouts.tool_calls import parse_tool_calls
 
 MOST_CALLS = 8  # rounds of tool calls for one question
 
@@ -94,7 +93,9 @@ class ChatLoop:
     def _show(self, pieces: Iterable[str]) -> None:
         """Shows an answer as it is written."""
         self.console.print()
-        with interrupts_stop(self.session), LiveAnswer(self.console, self.show_reasoning) as live:
+        with interrupts_stop(self.session), LiveAnswer(
+            self.console, self.show_reasoning, self.session.calls
+        ) as live:
             for _ in pieces:
                 reasoning, answer = self.session.reply.parts
                 closed = THINK_CLOSE in self.session.reply.text
@@ -112,7 +113,7 @@ class ChatLoop:
         reply = self.session.reply
         if reply.stats.ended == "interrupted":
             return []
-        calls = parse_tool_calls(reply.answer)
+        calls = self.session.calls.parse(reply.answer, self.session.tools)
         results = []
         for call in calls:
             self.console.print(tool_card(call["name"], call["arguments"]))

@@ -14,24 +14,17 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-_TOOL_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
+from mpi_mlx.serving.calls import CallFormat
+
+HERMES = CallFormat()
 TRACE = "bright_black italic"
-
-
-def without_calls(answer: str) -> str:
-    """An answer without its tool calls, a half-written tag included."""
-    text = _TOOL_CALL.sub("", answer)
-    for size in range(len("<tool_call>") - 1, 0, -1):
-        if text.endswith("<tool_call>"[:size]):
-            return text[:-size].rstrip()
-    return text.strip()
 
 
 class LiveAnswer:
     """An answer growing in the terminal: finished blocks are printed for good, the last one is redrawn."""
 
-    def __init__(self, console: Console, show_reasoning: bool):
-        self.console, self.show_reasoning = console, show_reasoning
+    def __init__(self, console: Console, show_reasoning: bool, calls: CallFormat = HERMES):
+        self.console, self.show_reasoning, self.calls = console, show_reasoning, calls
         self._printed = 0  # characters of the answer printed for good
         self._traced = False
         self._live = Live(
@@ -56,7 +49,7 @@ class LiveAnswer:
             self._live.update(self._trace(reasoning) if self.show_reasoning else _busy("thinking"))
             return
         self._settle_trace(reasoning)
-        text = without_calls(answer)
+        text = self.calls.text(answer, over=False).strip()
         end = _last_break(text, self._printed)
         if end > self._printed:
             self.console.print(_body(text[self._printed : end]))
@@ -66,7 +59,7 @@ class LiveAnswer:
     def finish(self, reasoning: str | None, answer: str) -> None:
         """Prints what is left for good."""
         self._settle_trace(reasoning)
-        rest = without_calls(answer)[self._printed :]
+        rest = self.calls.text(answer).strip()[self._printed :]
         self._live.update("")
         if rest.strip():
             self.console.print(_body(rest))

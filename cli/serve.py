@@ -40,6 +40,14 @@ def serve_command(
         Path | None,
         typer.Option("--allow-image-dir", metavar="DIR", help="Also take file:// images from this folder."),
     ] = None,
+    allow_image_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-image-host",
+            metavar="HOST",
+            help="Also fetch images from this host, where only public addresses are behind it; repeatable.",
+        ),
+    ] = None,
     stage: Annotated[
         str | None, typer.Option("--stage", help="Of a run: the model after this stage.")
     ] = None,
@@ -60,6 +68,11 @@ def serve_command(
         raise ServingError(f"--host {host} is reachable from other machines; give an --api-key, too")
     if allow_image_dir is not None and not allow_image_dir.is_dir():
         raise ServingError(f"{allow_image_dir}: no such folder; --allow-image-dir takes one")
+    remote = None
+    if allow_image_host:
+        from mpi_mlx.serving.remote import RemoteImages, parse_host
+
+        remote = RemoteImages(frozenset(parse_host(given) for given in allow_image_host))
     target = resolve_target(model, stage=stage)
     targets = {name or target.name: target}
     for given in adapter or ():
@@ -72,7 +85,7 @@ def serve_command(
         targets[label] = other
     from mpi_mlx.serving.app import ServerOptions, build_app
     from mpi_mlx.serving.engine import Engine
-    from mpi_mlx.serving.protocol import Limits
+    from mpi_mlx.serving.limits import Limits
 
     engine = Engine(
         replace(target, adapter=None).load, {label: one.adapter for label, one in targets.items()},
@@ -81,7 +94,7 @@ def serve_command(
     defaults = {
         label: (min(one.max_tokens, max_tokens), one.temperature, one.top_p) for label, one in targets.items()
     }
-    limits = Limits(tokens=max_tokens, image_folder=allow_image_dir)
+    limits = Limits(tokens=max_tokens, image_folder=allow_image_dir, remote_images=remote)
     options = ServerOptions(defaults, api_key or None, loopback_only=local and not api_key, limits=limits)
     _run(build_app(engine, options), engine, host, port, ", ".join(targets))
 
@@ -112,8 +125,9 @@ def _run(app, engine, host: str, port: int, names: str) -> None:
         engine.close()
         raise ServingError(f"port {port} on {host}: {error.strerror}; choose another --port") from None
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=60,
-        timeout_keep_alive=30, h11_max_incomplete_event_size=64 << 10,
+        app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
+        proxy_headers=False, timeout_graceful_shutdown=60, timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     # uvicorn raises the signal once more when it is done; by then there is nothing left to do
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,6 +14,7 @@ from mpi_mlx.errors import DataError, ModelError
 from mpi_mlx.models.encoding import ChatEncoder, Encoded, message_images
 from mpi_mlx.models.families import TextFamily
 from mpi_mlx.models.images import ByteLRU, ImageInput, ImageStore
+from mpi_mlx.models.tools import call_parser
 from mpi_mlx.runtime import on_cpu
 
 PATCHES_PER_CALL = 16384  # bounds the vision tower's activations
@@ -31,6 +32,7 @@ class Model:
         tokenizer, processor: transformers' tokenizer, and the processor (None when text-only).
         family, config, path, base: model type, config.json, folder, and the name it was loaded by.
         eos_ids, end_of_turn_id, pad_id: where generation stops, what closes a turn, what fills a batch.
+        call_parser: mlx-vlm's parser of the template's tool calls; None: they have the Hermes form.
         visual_ids: ids that may never be sampled.
     """
 
@@ -64,7 +66,12 @@ class Model:
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else self.end_of_turn_id)
         self.visual_ids: frozenset[int] = frozenset(family.visual_tokens())
-        keep = {tokenizer.convert_tokens_to_ids(token) for token in ("<think>", "</think>")}
+        self.call_parser = call_parser(template)
+        tags = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+        if self.call_parser is not None:
+            tags += [self.call_parser.tool_call_start, self.call_parser.tool_call_end]
+        added = tokenizer.get_added_vocab()
+        keep = {added[tag] for tag in tags if tag in added}
         self._hidden_ids = set(tokenizer.all_special_ids) - keep
 
     # ---- sizes

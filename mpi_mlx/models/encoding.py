@@ -7,14 +7,13 @@ border: so the ids of a prompt and of its completion, encoded apart, are the ids
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 
 from mpi_mlx.errors import DataError, ModelError
-from mpi_mlx.models.images import ImageInput
+from mpi_mlx.models.images import ByteLRU, ImageInput
 from mpi_mlx.models.tools import describe_tools, supports_tools
 
 _SENTINEL = "\u2402turn{}\u2403"
@@ -87,7 +86,7 @@ class ChatEncoder:
         self.name = name
         self.image_token = image_token
         self.list_content = list_content
-        self.token_ids = lru_cache(maxsize=4096)(self._token_ids)
+        self._known: ByteLRU[np.ndarray] = ByteLRU(64 << 20)
         self.end_of_turn = self._find_end_of_turn()
 
     def segments(
@@ -188,9 +187,13 @@ class ChatEncoder:
         text = content_text(content)
         return [{"type": "text", "text": text}] if self.list_content else text
 
-    def _token_ids(self, text: str) -> np.ndarray:
-        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
-        ids.flags.writeable = False
+    def token_ids(self, text: str) -> np.ndarray:
+        """A piece of text as int32 (T,), read-only; the pieces last used are remembered."""
+        ids = self._known.get(text)
+        if ids is None:
+            ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+            ids.flags.writeable = False
+            self._known.put(text, ids, ids.nbytes + 4 * len(text) + 256)
         return ids
 
     def _find_end_of_turn(self) -> str:

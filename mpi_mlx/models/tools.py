@@ -6,6 +6,7 @@ calls in ``<tool_call>`` tags, results as a user turn in ``<tool_response>`` tag
 
 import json
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 _HEADER = (
@@ -22,6 +23,20 @@ _FOOTER = (
 def supports_tools(template: str) -> bool:
     """Whether a chat template reads ``tools`` and ``tool_calls`` by itself."""
     return "tools" in template and "tool_calls" in template
+
+
+def call_parser(template: str) -> ModuleType | None:
+    """mlx-vlm's parser of the tool calls that a chat template asks for: a module with ``tool_call_start``,
+    ``tool_call_end`` ("" where a call ends with its line) and ``parse_tool_call(text, tools)``.
+
+    None for the Hermes form, which is also what templates without tools are given, and for forms unknown.
+    """
+    if not supports_tools(template):
+        return None
+    from mlx_vlm.tools import _infer_tool_parser, load_tool_module
+
+    name = _infer_tool_parser(template)
+    return None if name in (None, "json_tools") else load_tool_module(name)
 
 
 def describe_tools(messages: Sequence[Mapping], tools: Sequence[Mapping] | None) -> list[dict]:

@@ -6,24 +6,26 @@ import asyncio
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mpi_mlx.errors import MPIError
-from mpi_mlx.rollouts.tool_calls import parse_tool_calls
-from mpi_mlx.serving.engine import Busy, Engine, Job
-from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, Limits, Refused, conversation, parse
-from mpi_mlx.serving.session import Reply, ReplyStats
+from mpi_mlx.serving.answers import Answer
+from mpi_mlx.serving.calls import CallFormat
+from mpi_mlx.serving.engine import Engine
+from mpi_mlx.serving.jobs import Busy, Job
+from mpi_mlx.serving.limits import Limits, Refused
+from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, characters, conversation, parse
+from mpi_mlx.serving.traffic import Claim, EventStream, Held, Mail
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-_CALL = "<tool_call>"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class ServerOptions:
 def build_app(engine: Engine, options: ServerOptions) -> Starlette:
     """The ASGI application."""
     server = _Server(engine, options)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", server.health),
             Route("/metrics", server.guarded(server.metrics)),
@@ -54,12 +56,18 @@ def build_app(engine: Engine, options: ServerOptions) -> Starlette:
             Route("/v1/chat/completions", server.guarded(server.chat), methods=["POST"]),
             Route("/v1/completions", server.guarded(server.complete), methods=["POST"]),
         ],
+        exception_handlers={HTTPException: _no_route},
     )
+    app.router.redirect_slashes = False  # it would send clients to whatever host they name
+    return app
 
 
 class _Server:
     def __init__(self, engine: Engine, options: ServerOptions):
         self.engine, self.options, self.started = engine, options, int(time.time())
+        self.held = Held(options.limits.held_bytes)
+        self._workers = ThreadPoolExecutor(8, "mpi-mlx-requests")
+        self._mail = Mail()
 
     def guarded(self, handler):
         async def guard(request: Request) -> Response:
@@ -67,38 +75,48 @@ class _Server:
                 self._check(request)
                 return await handler(request)
             except Refused as error:
-                return _error(error, error.status, error.code, error.param)
+                return _error(str(error), error.status, error.code, error.param)
             except Busy as error:
-                return _error(error, 429, "busy")
+                return _error(str(error), 429, "busy")
             except MPIError as error:
-                return _error(error, 400)
+                return _error(self._said(error), 400)
             except ClientDisconnect:
                 return Response(status_code=499)
 
         return guard
 
+    def _said(self, error: MPIError) -> str:
+        """What is wrong, without where the model lies."""
+        return str(error).replace(str(self.engine.model.base), "the model")
+
     def _check(self, request: Request) -> None:
         if self.options.loopback_only:
-            host = request.headers.get("host", "").rsplit(":", 1)[0] or "localhost"
-            if host.lower() not in LOOPBACK:
+            host = request.headers.get("host", "") or "localhost"
+            end = host.find("]") + 1 or (host.find(":") if host.count(":") == 1 else len(host))
+            if host[:end].lower() not in LOOPBACK:
                 raise Refused("this server answers to localhost only", 403)
         key = self.options.api_key
         if key is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode())
+            same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), key.encode())
             if scheme.lower() != "bearer" or not same:
                 raise Refused("a valid API key is wanted: Authorization: Bearer ...", 401, "invalid_api_key")
 
-    async def _body(self, request: Request) -> bytes:
-        most = self.options.limits.body_bytes
+    async def _body(self, request: Request, claim: Claim) -> bytes:
+        limits = self.options.limits
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused("Content-Type is application/json", 415)
         chunks, size = [], 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > most:
-                raise Refused(f"the body is larger than {most:,} bytes", 413)
-            chunks.append(chunk)
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > limits.body_bytes:
+                        raise Refused(f"the body is larger than {limits.body_bytes:,} bytes", 413)
+                    claim.hold(size)
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise Refused(f"the body did not come within {limits.body_seconds:.0f} s", 408) from None
         return b"".join(chunks)
 
     # ---- endpoints
@@ -110,6 +128,7 @@ class _Server:
         counters = asdict(self.engine.counters) | {
             "active_requests": self.engine.active,
             "waiting_requests": self.engine.waiting,
+            "held_bytes": self.held.bytes,
             "prefix_cache_bytes": self.engine.prefixes.used_bytes,
             "prefix_cache_entries": len(self.engine.prefixes),
         }
@@ -127,237 +146,122 @@ class _Server:
 
     def _unknown(self, name: str):
         names = ", ".join(self.options.defaults)
-        raise Refused(
-            f"there is no model {name[:100]!r}; there are: {names}", 404, "model_not_found", "model"
-        )
+        raise Refused(f"there is no model {name[:100]!r}; there are: {names}", 404, "model_not_found", "model")
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request)
-        asked = parse(body, ChatRequest)
-        messages = await asyncio.to_thread(conversation, asked, self.options.limits)
-        tools = asked.tools if asked.tool_choice != "none" else None
+        with Claim(self.held) as claim:
+            asked = parse(await self._body(request, claim), ChatRequest)
+            self._known(asked)
+            loop = asyncio.get_running_loop()
+            messages, pixels = await loop.run_in_executor(
+                self._workers, conversation, asked, self.options.limits
+            )
+            claim.hold(3 * pixels)
+            tools = asked.tools if asked.tool_choice != "none" else None
+            calls = CallFormat(self.engine.model.call_parser) if tools else None
 
-        def encode(model):
-            return model.encode(messages, tools=tools, generation_prompt=True)
+            def encode(model):
+                return model.encode(messages, tools=tools, generation_prompt=True)
 
-        most = asked.max_completion_tokens or asked.max_tokens
-        answer = _Answer(asked, "chatcmpl", bool(tools))
-        return await self._run(request, asked, answer, encode, most)
+            most = asked.max_completion_tokens or asked.max_tokens
+            answer = Answer(asked, chat=True, calls=calls)
+            return await self._run(request, answer, encode, most, characters(messages), claim)
 
     async def complete(self, request: Request) -> Response:
-        asked = parse(await self._body(request), CompletionRequest)
+        with Claim(self.held) as claim:
+            asked = parse(await self._body(request, claim), CompletionRequest)
+            self._known(asked)
 
-        def encode(model):
-            empty = model.encode([{"role": "user", "content": ""}])
-            start = type(empty)(*(part[..., :0] for part in (empty.ids, empty.assistant, empty.visual)), (),
-                                empty.position_ids[:, :0])  # fmt: skip
-            ids = model.tokenizer(asked.prompt)["input_ids"]
-            kept = [token for token in ids if token not in model.visual_ids]
-            if not kept:
-                raise Refused("prompt: it is empty", param="prompt")
-            return start.concat(kept)
+            def encode(model):
+                empty = model.encode([{"role": "user", "content": ""}])
+                start = type(empty)(*(part[..., :0] for part in (empty.ids, empty.assistant, empty.visual)), (),
+                                    empty.position_ids[:, :0])  # fmt: skip
+                ids = model.tokenizer(asked.prompt)["input_ids"]
+                kept = [token for token in ids if token not in model.visual_ids]
+                if not kept:
+                    raise Refused("prompt: it is empty", param="prompt")
+                return start.concat(kept)
 
-        return await self._run(request, asked, _Answer(asked, "cmpl", False), encode, asked.max_tokens)
+            answer = Answer(asked, chat=False)
+            return await self._run(request, answer, encode, asked.max_tokens, len(asked.prompt), claim)
 
-    async def _run(self, request: Request, asked, answer: _Answer, encode, most: int | None) -> Response:
+    def _known(self, asked) -> None:
         if asked.model not in self.options.defaults:
             self._unknown(asked.model)
+
+    async def _run(
+        self, request: Request, answer: Answer, encode, most: int | None, characters: int, claim: Claim
+    ) -> Response:
+        asked = answer.asked
         tokens, temperature, top_p = self.options.defaults[asked.model]
         if most is not None and most > self.options.limits.tokens:
             raise Refused(f"max_tokens: at most {self.options.limits.tokens:,}", param="max_tokens")
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
-
-        def emit(*event) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody listens
-                pass
-
         job = Job(
-            encode, emit, asked.model, most or tokens,
+            encode, lambda *event: self._mail.post(loop, events, event), asked.model, most or tokens,
             temperature if asked.temperature is None else asked.temperature,
-            top_p if asked.top_p is None else asked.top_p, asked.seed,
+            top_p if asked.top_p is None else asked.top_p, asked.seed, characters,
         )  # fmt: skip
         self.engine.submit(job)
         try:
-            answer.begin(await self._next(request, events))
+            coming = self._events(request, events)
+            answer.begin(await anext(coming))
+            claim.release()
             if asked.stream:
-                return StreamingResponse(
-                    self._stream(request, answer, job, events),
-                    media_type="text/event-stream",
-                    headers={"Cache-Control": "no-store"},
-                )
+                return EventStream(self._chunks(answer, job, events), lambda: self.engine.cancel(job))
             while not answer.over:
-                answer.take(await self._next(request, events))
+                answer.take([await anext(coming)])
             return JSONResponse(answer.whole(job.tokens))
         finally:
             if not asked.stream or answer.failed:
                 self.engine.cancel(job)
 
     @staticmethod
-    async def _next(request: Request, events: asyncio.Queue):
+    async def _events(request: Request, events: asyncio.Queue) -> AsyncIterator[tuple]:
+        """What the engine tells, for as long as the client is there. Raises ClientDisconnect."""
+        looked = time.monotonic()
         while True:
+            event = None
             try:
-                return await asyncio.wait_for(events.get(), 1.0)
+                event = events.get_nowait() if events.qsize() else await asyncio.wait_for(events.get(), 0.5)
             except TimeoutError:
+                pass
+            if time.monotonic() - looked > 0.5:
                 if await request.is_disconnected():
-                    raise ClientDisconnect from None
+                    raise ClientDisconnect
+                looked = time.monotonic()
+            if event is not None:
+                yield event
 
-    async def _stream(self, request, answer: _Answer, job: Job, events) -> AsyncIterator[str]:
+    async def _chunks(self, answer: Answer, job: Job, events: asyncio.Queue) -> AsyncIterator[str]:
         try:
             yield _event(answer.first())
             while not answer.over:
-                for chunk in answer.take(await events.get()):
+                came = [await events.get()]
+                while not events.empty():  # where the client or the loop is slower than the model
+                    came.append(events.get_nowait())
+                for chunk in answer.take(came):
                     yield _event(chunk)
             for chunk in answer.last(job.tokens):
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
         except MPIError as error:
-            yield _event(_body(error, None, None))
-        finally:
-            self.engine.cancel(job)
-
-
-class _Answer:
-    """What has been generated, as chunks or as a whole."""
-
-    def __init__(self, asked, prefix: str, tools: bool):
-        self.asked, self.tools, self.chat = asked, tools, prefix == "chatcmpl"
-        self.id, self.created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
-        self.raw, self.over, self.failed, self.reason = "", False, True, "stop"
-        self.sent = {"reasoning_content": "", "content": ""}
-        self.prompt_tokens = self.cached_tokens = 0
-
-    def begin(self, event) -> None:
-        """The first event. Raises what the engine raised."""
-        self._raise(event)
-        if event[0] == "begin":
-            self.prompt_tokens, self.cached_tokens = event[1:]
-        else:
-            self.over, self.reason = True, "stop"
-        self.failed = False
-
-    @staticmethod
-    def _raise(event) -> None:
-        if event[0] == "error":
-            error = event[1]
-            if isinstance(error, MPIError):
-                raise error
-            raise Refused(f"the answer could not be made: {type(error).__name__}", 500, "internal_error")
-
-    def take(self, event) -> list[dict]:
-        """The chunks that an event gives."""
-        self._raise(event)
-        if event[0] == "text":
-            self.raw += event[1]
-        elif event[0] == "end":
-            self.over, self.reason = True, "length" if event[1] == "length" else "stop"
-        for stop in self.asked.stops:
-            place = self.raw.find(stop)
-            if place >= 0:
-                self.raw, self.over, self.reason = self.raw[:place], True, "stop"
-        return self._chunks()
-
-    def _parts(self) -> dict[str, str]:
-        text = self.raw
-        if not self.over:  # a stop text may have begun
-            held = max((_overlap(text, stop) for stop in self.asked.stops), default=0)
-            text = text[: len(text) - held]
-        if not self.chat:
-            return {"content": text}
-        reasoning, answer = Reply(text, False, ReplyStats()).parts
-        if self.tools:
-            answer = answer.partition(_CALL)[0].rstrip() if _CALL in answer else answer
-            held = _overlap(answer, _CALL)
-            answer = answer[: len(answer) - held] if held and not self.over else answer
-        return {"reasoning_content": reasoning or "", "content": answer}
-
-    def _chunks(self) -> list[dict]:
-        made = []
-        for name, text in self._parts().items():
-            if text.startswith(self.sent.get(name, "")) and len(text) > len(self.sent[name]):
-                made.append(self._chunk({name: text[len(self.sent[name]) :]}))
-                self.sent[name] = text
-        return made
-
-    def _calls(self) -> list[dict]:
-        answer = Reply(self.raw, False, ReplyStats()).answer
-        found = parse_tool_calls(answer) if self.tools else []
-        return [
-            {
-                "index": index,
-                "id": f"call_{uuid.uuid4().hex[:24]}",
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": json.dumps(call["arguments"], ensure_ascii=False),
-                },
-            }
-            for index, call in enumerate(call for call in found if call["name"])
-        ]
-
-    def _chunk(self, delta: dict, reason: str | None = None) -> dict:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        if self.chat:
-            choice["delta"] = delta
-        else:
-            choice["text"] = delta.get("content", "")
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._envelope(kind) | {"choices": [choice]}
-
-    def _envelope(self, kind: str) -> dict:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model}
-
-    def first(self) -> dict:
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def last(self, tokens: int) -> list[dict]:
-        """What closes a stream: tool calls, the reason, and the usage where it was asked for."""
-        calls = self._calls()
-        made = [self._chunk({"tool_calls": calls})] if calls else []
-        made.append(self._chunk({}, "tool_calls" if calls else self.reason))
-        if (self.asked.stream_options or {}).get("include_usage"):
-            made.append(
-                self._envelope("chat.completion.chunk") | {"choices": [], "usage": self._usage(tokens)}
-            )
-        return made
-
-    def whole(self, tokens: int) -> dict:
-        """The answer to a request that does not stream."""
-        if not self.chat:
-            choice = {"index": 0, "text": self.raw, "finish_reason": self.reason, "logprobs": None}
-            return self._envelope("text_completion") | {"choices": [choice], "usage": self._usage(tokens)}
-        parts, calls = self._parts(), self._calls()
-        message: dict[str, Any] = {"role": "assistant", "content": parts["content"]}
-        if parts["reasoning_content"]:
-            message["reasoning_content"] = parts["reasoning_content"]
-        if calls:
-            message["tool_calls"] = calls
-            message["content"] = message["content"] or None
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else self.reason}
-        return self._envelope("chat.completion") | {"choices": [choice], "usage": self._usage(tokens)}
-
-    def _usage(self, tokens: int) -> dict:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` begin ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+            yield _event(_body(self._said(error), None, None))
 
 
 def _event(content: dict) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _body(error: Exception, code: str | None, param: str | None) -> dict:
-    return {"error": {"message": str(error), "type": "invalid_request_error", "code": code, "param": param}}
+def _body(said: str, code: str | None, param: str | None) -> dict:
+    return {"error": {"message": said, "type": "invalid_request_error", "code": code, "param": param}}
 
 
-def _error(error: Exception, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
-    return JSONResponse(_body(error, code, param), status)
+def _error(said: str, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
+    return JSONResponse(_body(said, code, param), status)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    said = f"{request.method} {request.url.path[:100]}: {getattr(error, 'detail', 'not found')}"
+    return JSONResponse(_body(said, None, None), status, headers=getattr(error, "headers", None))

@@ -6,11 +6,11 @@ its row joins the batch; rows that have ended are taken out. Caches are mlx-lm's
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -19,60 +19,10 @@ from mlx_lm.models.cache import BatchKVCache
 
 from mpi_mlx.errors import MPIError, ServingError
 from mpi_mlx.serving import decoding
+from mpi_mlx.serving.jobs import Busy, Counters, Job, Row
 from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.target import context_length
 from mpi_mlx.serving.variants import Variants
-
-
-class Busy(ServingError):
-    """The queue is full, or the server is stopping."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One completion to make.
-
-    ``encode(model)`` gives the prompt, in the engine's thread. ``emit(kind, value)`` is called there, too:
-    ``("begin", prompt tokens, cached tokens)``, then ``("text", piece)`` ..., then ``("end", reason)``; or
-    ``("error", exception)``.
-    """
-
-    encode: Callable[[Any], Any]
-    emit: Callable[..., None]
-    variant: str
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    cancelled: bool = False
-    tokens: int = 0
-
-
-@dataclass
-class Counters:
-    """What /metrics tells."""
-
-    requests: int = 0
-    refused: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-
-
-@dataclass(eq=False)
-class _Row:
-    job: Job
-    codes: np.ndarray
-    next_position: int
-    limit: int
-    stream: decoding.TextStream
-    random: np.random.Generator
-    ids: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -101,7 +51,7 @@ class Engine:
         self.model: Any = None
         self._load, self._folders = load, variants
         self._waiting: deque[Job] = deque()
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._caches: list[BatchKVCache] | None = None
         self._condition = threading.Condition()
         self._closing = False
@@ -131,11 +81,20 @@ class Engine:
             if self._closing or not self._thread.is_alive():
                 raise Busy("the server is stopping")
             if len(self._waiting) >= self.max_queue:
+                self._drop_cancelled()
+            if len(self._waiting) >= self.max_queue:
                 self.counters.refused += 1
                 raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
             self.counters.requests += 1
             self._waiting.append(job)
             self._condition.notify()
+
+    def _drop_cancelled(self) -> None:
+        gone = [job for job in self._waiting if job.cancelled]
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self.counters.cancelled += len(gone)
+        for job in gone:
+            job.emit("end", "cancelled")
 
     def cancel(self, job: Job) -> None:
         """Its row leaves the batch before the next token."""
@@ -155,6 +114,7 @@ class Engine:
             self.model = self._load()
             self._variants = Variants(self.model, self._folders)
             self._draw = decoding.Draw(self.model)
+            self._widest = max(map(len, self.model.tokenizer.get_vocab()))
         except BaseException as error:
             self._failure = error
             return
@@ -182,9 +142,8 @@ class Engine:
     def _take(self) -> Job | None:
         """The next job, where it may join: a batch has one adapter, which its oldest job chose."""
         with self._condition:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft().emit("end", "cancelled")
-                self.counters.cancelled += 1
+            if self._waiting and self._waiting[0].cancelled:
+                self._drop_cancelled()
             if not self._waiting or len(self._rows) >= self.max_rows:
                 return None
             if self._rows and self._waiting[0].variant != self._variants.current:
@@ -209,11 +168,7 @@ class Engine:
     def _prefill(self, job: Job) -> None:
         begin = time.perf_counter()
         self._variants.use(job.variant)
-        encoded = job.encode(self.model)
-        context = context_length(self.model) or len(encoded) + job.max_tokens
-        most = min(context - 1, self.max_prompt or context)
-        if len(encoded) > most:
-            raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
+        encoded, context = self._encode(job)
         codes = decoding.codes(encoded)
         caches, start = self.prefixes.fetch(job.variant, codes)
         caches = caches or decoding.new_caches(self.model)
@@ -227,7 +182,7 @@ class Engine:
         job.emit("begin", len(encoded), start)
         stream = decoding.TextStream(self.model.decode)
         limit = min(job.max_tokens, context - len(encoded))
-        row = _Row(job, codes, encoded.next_position, limit, stream, np.random.default_rng(job.seed))
+        row = Row(job, codes, encoded.next_position, limit, stream, np.random.default_rng(job.seed))
         self._take_tokens([row], self._tokens([row], hidden))
         if row.ids and not self._ended(row):
             self._join(row, caches)
@@ -235,7 +190,19 @@ class Engine:
         self.counters.cached_tokens += start
         self.counters.prefill_seconds += time.perf_counter() - begin
 
-    def _join(self, row: _Row, caches) -> None:
+    def _encode(self, job: Job) -> tuple[Any, int]:
+        """The prompt, and how many tokens it may have with its answer. Raises ServingError."""
+        context = context_length(self.model)
+        most = min(limit for limit in (context and context - 1, self.max_prompt, sys.maxsize) if limit)
+        # no token stands for more characters than the longest has: what cannot fit is not even tokenized
+        if job.characters > most * self._widest:
+            raise ServingError(f"the prompt has {job.characters:,} characters; at most {most:,} tokens are taken")
+        encoded = job.encode(self.model)
+        if len(encoded) > most:
+            raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
+        return encoded, context or len(encoded) + job.max_tokens
+
+    def _join(self, row: Row, caches) -> None:
         fresh = [BatchKVCache.merge([cache]) for cache in caches]
         if self._caches is None:
             self._caches = fresh
@@ -264,12 +231,12 @@ class Engine:
         self._keep([i for i in range(len(self._rows)) if i not in ended])
         self.counters.decode_seconds += time.perf_counter() - begin
 
-    def _tokens(self, rows: list[_Row], hidden: mx.array) -> list[int]:
+    def _tokens(self, rows: list[Row], hidden: mx.array) -> list[int]:
         jobs = [row.job for row in rows]
         chances = [row.random.random() for row in rows]
         return self._draw(hidden, [j.temperature for j in jobs], [j.top_p for j in jobs], chances).tolist()
 
-    def _take_tokens(self, rows: list[_Row], tokens: list[int]) -> None:
+    def _take_tokens(self, rows: list[Row], tokens: list[int]) -> None:
         self.counters.completion_tokens += len(rows)
         for row, token in zip(rows, tokens, strict=True):
             row.ids.append(token)
@@ -283,7 +250,7 @@ class Engine:
             if len(row.ids) >= row.limit:
                 self._finish(row, "length")
 
-    def _finish(self, row: _Row, reason: str) -> None:
+    def _finish(self, row: Row, reason: str) -> None:
         rest = row.stream.close()
         if rest and reason != "cancelled":
             row.job.emit("text", rest)
@@ -292,7 +259,7 @@ class Engine:
         row.limit = 0
 
     @staticmethod
-    def _ended(row: _Row) -> bool:
+    def _ended(row: Row) -> bool:
         return row.limit == 0
 
     def _remember(self, index: int) -> None:

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlparse
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mpi_mlx.errors import ServingError
+from mpi_mlx.serving.limits import Limits, Refused
+from mpi_mlx.serving.pictures import Pictures
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
-
-class Refused(ServingError):
-    """A request that is answered with a 4xx."""
-
-    def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
-
-    body_bytes: int = 32 << 20
-    image_pixels: int = 16 << 20
-    images: int = 16
-    messages: int = 1024
-    tokens: int = 8192
-    image_folder: Path | None = None
+TOOLS = 1 << 20  # characters of all descriptions
 
 
 class _Request(BaseModel):
@@ -76,8 +50,7 @@ class CompletionRequest(_Request):
 def parse(body: bytes, kind: type[_Request]):
     """The request of a body. Raises Refused, naming the field."""
     try:
-        raw = json.loads(body, parse_constant=_no_constant)
-        json.dumps(raw, ensure_ascii=False).encode()  # lone surrogates are no text
+        raw = _load(body)
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is not JSON ({str(error)[:100]})") from None
     if not isinstance(raw, dict):
@@ -91,36 +64,56 @@ def parse(body: bytes, kind: type[_Request]):
     stops = request.stops
     if len(stops) > 16 or any(len(text) > 256 for text in stops):
         raise Refused("stop: at most 16 texts of at most 256 characters", param="stop")
+    if isinstance(request, ChatRequest) and len(json.dumps(request.tools or [])) > TOOLS:
+        raise Refused(f"tools: at most {TOOLS:,} characters", param="tools")
     if isinstance(request, ChatRequest) and (request.response_format or {}).get("type", "text") != "text":
         raise Refused("response_format: only text is offered", param="response_format")
     return request
+
+
+def _load(text: bytes | str) -> Any:
+    """JSON without NaN, and without lone surrogates: those are no text. Raises ValueError, RecursionError."""
+    value = json.loads(text, parse_constant=_no_constant)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON")
 
 
-def conversation(request: ChatRequest, limits: Limits) -> list[dict]:
-    """The messages as :meth:`Model.encode` takes them, images decoded. Raises Refused."""
+def characters(messages: list[dict]) -> int:
+    """How much text a conversation holds."""
+    count = 0
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        count += sum(len(part.get("text", "")) for part in parts)
+        for call in message.get("tool_calls", ()):
+            count += len(json.dumps(call["function"]["arguments"], ensure_ascii=False, separators=(",", ":")))
+    return count
+
+
+def conversation(request: ChatRequest, limits: Limits) -> tuple[list[dict], int]:
+    """The messages as :meth:`Model.encode` takes them, images decoded, and the images' pixels.
+
+    Raises Refused.
+    """
     if len(request.messages) > limits.messages:
         raise Refused(f"messages: at most {limits.messages}", param="messages")
-    made, images = [], 0
+    made, pictures = [], Pictures(limits)
     for index, message in enumerate(request.messages):
         where = f"messages.{index}"
         role = message.get("role")
         role = "system" if role == "developer" else role
         if role not in ("system", "user", "assistant", "tool"):
             raise Refused(f"{where}.role: system, user, assistant or tool", param=where)
-        content = _content(message.get("content"), where, limits)
-        if isinstance(content, list):
-            images += sum(part["type"] == "image" for part in content)
-        if images > limits.images:
-            raise Refused(f"{where}: at most {limits.images} images", param=where)
+        content = _content(message.get("content"), where, pictures)
         one: dict[str, Any] = {"role": role, "content": content}
         if role == "assistant" and message.get("tool_calls"):
             one["tool_calls"] = _calls(message["tool_calls"], where)
         made.append(one)
-    return made
+    return made, pictures.pixels
 
 
 def _calls(calls: Any, where: str) -> list[dict]:
@@ -132,7 +125,7 @@ def _calls(calls: Any, where: str) -> list[dict]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = _load(arguments)
             except (ValueError, RecursionError):
                 arguments = None
         if not isinstance(arguments, dict):
@@ -141,7 +134,7 @@ def _calls(calls: Any, where: str) -> list[dict]:
     return made
 
 
-def _content(content: Any, where: str, limits: Limits) -> str | list[dict]:
+def _content(content: Any, where: str, pictures: Pictures) -> str | list[dict]:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
@@ -156,46 +149,7 @@ def _content(content: Any, where: str, limits: Limits) -> str | list[dict]:
             url = source.get("url") if isinstance(source, dict) else source
             if not isinstance(url, str):
                 raise Refused(f"{place}.image_url: an object with a url", param=place)
-            parts.append({"type": "image", "image": load_picture(url, place, limits)})
+            parts.append({"type": "image", "image": pictures.load(url, place)})
         else:
             raise Refused(f"{place}: a part is a text or an image_url", param=place)
     return parts
-
-
-def load_picture(url: str, where: str, limits: Limits) -> Image.Image:
-    """The picture of a data URI, or of a file below the folder that the server's owner allowed."""
-    if url.startswith("data:"):
-        head, comma, data = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise Refused(f"{where}: a data URI is data:image/png;base64,...", param=where)
-        try:
-            content: Any = io.BytesIO(base64.b64decode(data, validate=True))
-        except (binascii.Error, ValueError):
-            raise Refused(f"{where}: the data URI is not base64", param=where) from None
-    elif url.startswith("file://") and limits.image_folder is not None:
-        content = _allowed_file(url, limits.image_folder, where)
-    else:
-        raise Refused(f"{where}: images come as data URIs only", param=where)
-    try:
-        with Image.open(content, formats=FORMATS) as opened:
-            if opened.width * opened.height > limits.image_pixels:
-                raise Refused(
-                    f"{where}: {opened.width} x {opened.height} pixels; at most {limits.image_pixels:,}",
-                    param=where,
-                )
-            return opened.convert("RGB")
-    except Refused:
-        raise
-    except Exception:  # decoders fail in many ways
-        raise Refused(f"{where}: not a picture ({', '.join(FORMATS)})", param=where) from None
-
-
-def _allowed_file(url: str, folder: Path, where: str) -> Path:
-    try:
-        path = Path(unquote(urlparse(url).path)).resolve(strict=True)  # links followed
-        inside = path.is_relative_to(folder.resolve()) and path.is_file()
-    except (OSError, ValueError, RuntimeError):
-        inside = False
-    if not inside:
-        raise Refused(f"{where}: no such picture in the allowed folder", param=where)
-    return path

@@ -17,6 +17,7 @@ from mpi_mlx.data.completion import THINK_OPEN, split_completion
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import ServingError
 from mpi_mlx.serving import decoding
+from mpi_mlx.serving.calls import CallFormat
 from mpi_mlx.serving.target import MAX_TOKENS, context_length
 
 
@@ -89,6 +90,7 @@ class ChatSession:
 
     Attributes:
         messages: the conversation, without the document.
+        calls: how the model writes tool calls.
         reply: the last answer.
     """
 
@@ -108,6 +110,7 @@ class ChatSession:
         self.model, self.document, self.tools = model, document, tools
         self.max_tokens, self.temperature, self.top_p = max_tokens, temperature, top_p
         self.system = system
+        self.calls = CallFormat(model.call_parser)
         self.in_context = False
         self.reply: Reply | None = None
         self.pending: list[Any] = []

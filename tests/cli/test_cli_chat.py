@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mpi_mlx_cli.chat_input import dropped_path, dropped_picture
 from mpi_mlx_cli.chat_loop import ChatLoop
-from mpi_mlx_cli.chat_view import _last_break, without_calls
+from mpi_mlx_cli.chat_view import HERMES, _last_break
 from PIL import Image
 from rich.console import Console
 
@@ -54,6 +54,8 @@ def test_a_pipe_gets_plain_text(folder, tmp_path):
 
 class Scripted:
     """Answers what it was told to, piece by piece."""
+
+    calls, tools = HERMES, None
 
     def __init__(self, *answers, document=None):
         self.answers, self.document = list(answers), document
@@ -215,4 +217,3 @@ def test_blocks_of_markdown_are_cut_where_they_end():
     assert text[: _last_break(text, 0)] == "one\n\n"
     for whole in ("- a\n\n- b", "```\na\n\nb", "1. a\n\n2. b", "- a\n\n  more", "a\n\n"):
         assert _last_break(whole, 0) == 0, whole
-    assert without_calls("see <tool_c") == "see" and without_calls("a <b") == "a <b"

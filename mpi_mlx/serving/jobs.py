@@ -1,0 +1,66 @@
+"""What the engine is asked for, and what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpi_mlx.errors import ServingError
+from mpi_mlx.serving import decoding
+
+
+class Busy(ServingError):
+    """The queue is full, or the server is stopping."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One completion to make.
+
+    ``encode(model)`` gives the prompt, in the engine's thread. ``emit(kind, value)`` is called there, too:
+    ``("begin", prompt tokens, cached tokens)``, then ``("text", piece)`` ..., then ``("end", reason)``; or
+    ``("error", exception)``. ``characters`` of the prompt's text: a hopelessly long one is refused unread.
+    """
+
+    encode: Callable[[Any], Any]
+    emit: Callable[..., None]
+    variant: str
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    characters: int = 0
+    cancelled: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class Counters:
+    """What /metrics tells."""
+
+    requests: int = 0
+    refused: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+
+
+@dataclass(eq=False)
+class Row:
+    """A job that is in the batch."""
+
+    job: Job
+    codes: np.ndarray
+    next_position: int
+    limit: int
+    stream: decoding.TextStream
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)
