@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mpi_mlx.evaluation.figures import prompt_cost, stage_title
 from mpi_mlx.evaluation.results import find_row
@@ -49,8 +49,12 @@ def headline(rows: Sequence[dict]) -> str:
     return f"**{verdict}:** {found}{beside}; {name} earns {floor:.1%}. {_cost_says(rows)}".rstrip()
 
 
-def caveats(rows: Sequence[dict], lost: dict | None = None) -> list[str]:
-    """What a reader should know before trusting the model; ``lost``: see :func:`forgetting.forgetting`."""
+def caveats(rows: Sequence[dict], lost: dict | None = None, stages: Sequence[Mapping] = ()) -> list[str]:
+    """What a reader should know before trusting the model.
+
+    ``lost``: see :func:`forgetting.forgetting`. ``stages``: the recipe's, as it writes them, so that no advice
+    is given that is already followed.
+    """
     final = final_row(rows)
     out = []
     if final is None:
@@ -62,7 +66,7 @@ def caveats(rows: Sequence[dict], lost: dict | None = None) -> list[str]:
     if match is not None and match < TRUSTED_TRACE:
         out.append(
             f"The reasoning {what} in only {match:.0%} of the answers: the answer may be right and the trace "
-            "wrong. Add a `trace` reward, `kl_coef` or `sft_coef` to the rl stage."
+            f"wrong. {_trace_advice(stages, benchmark=final.get('trace_consistent') is not None)}"
         )
     if final["format_rate"] is not None and final["format_rate"] < 0.95:
         out.append(f"Only {final['format_rate']:.0%} of the answers are well formed.")
@@ -79,6 +83,34 @@ def caveats(rows: Sequence[dict], lost: dict | None = None) -> list[str]:
             "Train fewer steps, or with a lower learning rate or rank."
         )
     return out
+
+
+def _trace_advice(stages: Sequence[Mapping], *, benchmark: bool) -> str:
+    """What the recipe does not do yet for its traces. Only a benchmark's documents can be checked by ``trace``."""
+    reward = "a `trace` reward" if benchmark else "a reward `function` that checks the trace"
+    rl = next((s for s in reversed(stages) if s.get("stage") == "rl"), None)
+    if rl is None:
+        return f"Train sft for longer, or add an rl stage with {reward}."
+    kind = "trace" if benchmark else "function"
+    rewarded = any(r.get("kind") == kind and r.get("weight", 1.0) > 0 for r in rl.get("rewards") or ())
+    missing = [] if rewarded else [reward]
+    if not rl.get("kl_coef") and rl.get("algorithm") != "dapo":  # dapo has no KL term
+        missing.append("`kl_coef`")
+    if not rl.get("sft_coef"):
+        missing.append("`sft_coef`")
+    advice = []
+    if missing:
+        advice.append(f"add {_either(missing)} to the rl stage")
+    if rewarded:
+        whose = "its" if missing else "the rl stage's"
+        advice.append(f"give {whose} `{kind}` reward more weight")
+    advice.append("train it for more steps")
+    said = ", or ".join(advice)
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _either(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _carried_says(carried: dict | None) -> str:

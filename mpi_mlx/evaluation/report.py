@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from mpi_mlx.atomic import atomic_write, write_text_atomic
@@ -28,34 +29,37 @@ FIGURES = {
 }
 
 
-def write_report(run: str | Path, examples: Sequence[Example] = ()) -> Path:
+def write_report(run: str | Path, examples: Sequence[Example] = (), *, recipe: str | None = None) -> Path:
     """Draws the figures and writes ``report.md``, in one rename; returns its path.
 
     ``examples``: the evaluated ones, for the pictures beside their predictions. The report holds what the run
-    has so far, so it may be written after each stage.
+    has so far, so it may be written after each stage. ``recipe``: what was run, as YAML; by default the
+    folder's ``recipe.yaml``.
     """
     run = Path(run)
+    if recipe is None and (run / "recipe.yaml").is_file():
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
     results = load_results(run) if results_path(run).is_file() else {"rows": []}
     figures = draw_run_figures(run)
     metrics = load_metrics(run)
     blocks = [
         f"# {run.resolve().name}",
-        *_summary(results),
+        *_summary(results, (yaml.safe_load(recipe or "") or {}).get("stages") or ()),
         results_table(results["rows"]),
         *(f"![{FIGURES[name]}]({figures[name].relative_to(run)})" for name in FIGURES if name in figures),
         *_stages(metrics, results),
         *_predictions(run, results["rows"], examples),
-        *_details(run),
+        *_details(run, recipe),
     ]
     text = "\n\n".join(block for block in blocks if block) + "\n"
     write_text_atomic(run / "report.md", text)
     return run / "report.md"
 
 
-def _summary(results: dict) -> list[str]:
+def _summary(results: dict, stages: Sequence[dict]) -> list[str]:
     if not results["rows"]:
         return ["Not evaluated yet."]
-    warnings = caveats(results["rows"], forgetting(results.get("perplexity", {})))
+    warnings = caveats(results["rows"], forgetting(results.get("perplexity", {})), stages)
     return [headline(results["rows"]), "\n".join(f"> {w}" for w in warnings)]
 
 
@@ -200,12 +204,11 @@ def _fenced(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _details(run: Path) -> list[str]:
+def _details(run: Path, recipe: str | None) -> list[str]:
     out = []
-    recipe, environment = run / "recipe.yaml", run / "environment.json"
-    if recipe.is_file():
-        text = recipe.read_text(encoding="utf-8").rstrip()
-        out += ["## Recipe", _fenced(text, "yaml")]
+    if recipe is not None:
+        out += ["## Recipe", _fenced(recipe.rstrip(), "yaml")]
+    environment = run / "environment.json"
     if environment.is_file():
         found = json.loads(environment.read_text(encoding="utf-8"))
         out += ["## Environment", _fenced(json.dumps(found, indent=1), "json")]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from PIL import Image
 
 from mpi_mlx.data.examples import Example
@@ -61,6 +62,41 @@ def test_caveats_are_raised_by_the_figures_that_deserve_them():
         assert number in said
     # the checker's verdict goes before the comparison with the reference
     assert caveats([row("rl", False, 190, trace_match=0.4, trace_consistent=0.97)]) == []
+
+
+CHECKED = dict(trace_match=0.4, trace_consistent=0.5)
+RL = {"stage": "rl", "algorithm": "grpo", "kl_coef": 0.0, "sft_coef": 0.0, "rewards": [{"kind": "exact_match"}]}
+TRACE = {"kind": "trace", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("figures", "stages", "advice"),
+    [
+        (CHECKED, [RL], "Add a `trace` reward, `kl_coef` or `sft_coef` to the rl stage, or train it for more steps."),
+        (CHECKED, [RL | {"rewards": [TRACE]}], "Add `kl_coef` or `sft_coef` to the rl stage, or give its `trace` "
+         "reward more weight, or train it for more steps."),
+        (CHECKED, [RL | {"rewards": [TRACE], "algorithm": "dapo", "sft_coef": 0.1}],
+         "Give the rl stage's `trace` reward more weight, or train it for more steps."),
+        (CHECKED, [RL | {"rewards": [TRACE | {"weight": 0.0}], "kl_coef": 0.1, "sft_coef": 0.1}],
+         "Add a `trace` reward to the rl stage, or train it for more steps."),
+        (CHECKED, [{"stage": "sft"}], "Train sft for longer, or add an rl stage with a `trace` reward."),
+        # the checker knows the benchmark's documents alone
+        (dict(trace_match=0.4), [RL | {"sft_coef": 0.1, "kl_coef": 0.1}],
+         "Add a reward `function` that checks the trace to the rl stage, or train it for more steps."),
+    ],
+)  # fmt: skip
+def test_advice_on_traces_is_what_the_recipe_does_not_do_yet(figures, stages, advice):
+    [found] = caveats([row("rl", False, 190, **figures)], stages=stages)
+    assert found.endswith(f"the trace wrong. {advice}")
+
+
+def test_the_report_reads_the_recipe_for_its_advice(tmp_path):
+    record(tmp_path, row("rl", False, 190, **CHECKED), [])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": [RL | {"rewards": [TRACE]}]}))
+    text = write_report(tmp_path).read_text()
+    assert "give its `trace` reward more weight" in text and "Add a `trace`" not in text
+    given = write_report(tmp_path, recipe=yaml.safe_dump({"stages": [RL], "seed": 1234})).read_text()
+    assert "Add a `trace` reward" in given and "seed: 1234" in given
 
 
 def test_table():
