@@ -57,7 +57,8 @@ def repeat_evaluation(
 ) -> tuple[list[dict], Path]:
     """Evaluates a finished run's base and final model again; returns the rows and the report's path.
 
-    ``overrides``: changes to its recipe, such as ``data.seed=9`` (other scenes) or ``evaluation.samples=50``.
+    ``overrides``: changes to its recipe, such as ``data.seed=9`` (other scenes under the same document) or
+    ``evaluation.samples=50``.
     Results, predictions and report go to ``output`` (default ``RUN/repeat``); the run's own stay.
 
     Raises:
@@ -66,11 +67,15 @@ def repeat_evaluation(
     """
     from mpi_mlx.data.dataset import load_dataset
     from mpi_mlx.models import load_model
-    from mpi_mlx.recipe import load_recipe
+    from mpi_mlx.recipe import BenchmarkData, load_recipe
 
     run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run}: not a run (no recipe.yaml); give the output folder of mpi-mlx train")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    if isinstance(recipe.data, BenchmarkData) and recipe.data.document_seed is None:
+        # The model has learned this document; another seed is to draw other scenes for it.
+        overrides = [f"data.document_seed={recipe.data.seed}", *overrides]
     recipe = load_recipe(str(run / "recipe.yaml"), overrides)
     if not (run / "adapter").is_dir():
         raise CheckpointError(f"{run}: no adapter yet; finish it with mpi-mlx train --resume")
@@ -87,9 +92,9 @@ def repeat_evaluation(
     with model.adapters_disabled():
         rows = evaluate_both(output, model, dataset, label="base", **options)
     reasoning = next((s.reasoning for s in recipe.stages if s.stage == "sft"), True)
-    last = recipe.stages[-1].stage
+    last = recipe.labels[-1]
     rows += evaluate_both(output, model, dataset, label=last, reasoning=reasoning, **options)
-    return rows, write_report(output, evaluated(dataset, recipe.evaluation))
+    return rows, write_report(output, evaluated(dataset, recipe.evaluation), recipe=recipe.to_yaml())
 
 
 def evaluated(dataset: Dataset, spec) -> tuple[Example, ...]:

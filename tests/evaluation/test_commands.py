@@ -10,6 +10,7 @@ from typer import BadParameter
 from typer.testing import CliRunner
 
 from mpi_mlx.errors import CheckpointError, RecipeError
+from mpi_mlx.evaluation import both
 from mpi_mlx.recipe import load_recipe
 from mpi_mlx.training.run import train
 
@@ -60,6 +61,23 @@ def test_eval_repeats_the_runs_own_figures_and_takes_other_examples(run):
     assert other.exit_code == 0
     rows = json.loads((run / "other" / "evaluation" / "results.json").read_text())["rows"]
     assert {r["n"] for r in rows} == {2}
+
+
+def test_eval_of_other_scenes_keeps_the_document_that_was_learned(run, monkeypatch):
+    seen = []
+
+    def look(run, model, dataset, **options):
+        seen.append(dataset)
+        return []
+
+    monkeypatch.setattr(both, "evaluate_both", look)
+    monkeypatch.setattr(both, "write_report", lambda *_, **__: run)
+    for changes in ((), ("data.seed=9",), ("data.seed=9", "data.document_seed=9")):
+        both.repeat_evaluation(run, changes)
+    own, scenes, document = seen[::2]
+    assert scenes.document.sha256 == own.document.sha256 != document.document.sha256
+    assert scenes.test[0].meta["tree"] == own.test[0].meta["tree"]
+    assert [e.meta["scene"] for e in scenes.test] != [e.meta["scene"] for e in own.test]
 
 
 def test_eval_of_what_is_no_run(tmp_path, run):
