@@ -13,7 +13,7 @@ _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
 def resolve_base(base: str | os.PathLike) -> Path:
-    """The local folder of ``embedded:NAME``, a folder, or a hub id (downloaded, weights and config only).
+    """The local folder, absolute, of ``embedded:NAME``, a folder, or a hub id (downloaded, weights and config only).
 
     Raises:
         ModelError: there is no such folder, or the hub cannot be reached or has no such model.
@@ -24,7 +24,8 @@ def resolve_base(base: str | os.PathLike) -> Path:
         if not (folder / "config.json").is_file():
             raise ModelError(f"there is no embedded model {text!r}; embedded:tiny is the one in the package")
         return folder
-    folder = Path(text).expanduser()
+    # Absolute: a relative owner/name reads as a hub id, and transformers asks the hub about it.
+    folder = Path(text).expanduser().absolute()
     if folder.is_dir():
         return folder
     if folder.is_file():

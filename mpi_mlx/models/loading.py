@@ -29,6 +29,7 @@ _FAMILIES: dict[str, type[TextFamily]] = {
     "llava": Llava,
 }
 _CHECKED_TEXT = ("llama", "qwen2", "qwen3", "gemma3_text")
+_FROM_FOLDER = {"trust_remote_code": False, "local_files_only": True}  # all is in the folder: the hub is not asked
 _HEAD_EXTRAS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
@@ -210,7 +211,7 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), **_FROM_FOLDER)
     except Exception as error:
         raise ModelError(
             f"{folder}: the tokenizer does not load ({_first_line(error)}); is tokenizer.json there?"
@@ -221,7 +222,7 @@ def _load_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(str(folder), **_FROM_FOLDER)
     except Exception as error:
         raise ModelError(
             f"{folder}: the processor does not load ({_first_line(error)}); are tokenizer.json and "
