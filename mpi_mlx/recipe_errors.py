@@ -167,8 +167,8 @@ def _said(error: dict, path: Keys, raw: Any) -> tuple[Keys, str]:
 
 def _unknown(path: Keys, raw: Any) -> str:
     known = list(fields_of(path[:-1], raw))
-    owner = _at(raw, path[:-1])
-    elsewhere = _ELSEWHERE.get((owner.get("stage") if isinstance(owner, dict) else None, path[-1]))
+    stage = _at(raw, (*path[:2], "stage")) if path[0] == "stages" and len(path) == 3 else None
+    elsewhere = _ELSEWHERE.get((stage, path[-1])) if isinstance(stage, str) else None
     if elsewhere:
         return f"unknown key here: {elsewhere}"
     others = [kind for kind, spec in STAGES.items() if path[-1] in spec.model_fields]
@@ -204,7 +204,8 @@ def _spec(path: Keys, raw: Any) -> type[Spec] | None:
         return _PARTS.get(path[0])
     if isinstance(value, dict) and path[0] == "stages" and len(path) in (2, 4):
         kinds, key = (STAGES, "stage") if len(path) == 2 else (REWARDS, "kind")
-        return kinds.get(value.get(key))
+        kind = value.get(key)
+        return kinds.get(kind) if isinstance(kind, str) else None
     return None
 
 

@@ -1,10 +1,12 @@
 # ruff: noqa: E501  (messages stand in one piece)
 """Recipes: what loads, what it becomes, and every mistake with its exact line."""
 
+import copy
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from mpi_mlx.data.pretraining import TASKS
 from mpi_mlx.errors import RecipeError
@@ -193,6 +195,7 @@ def test_overrides_make_the_blocks_they_need(put):
         ("stages.sft.warmup=2", "stages.1.warmup: found 2, allowed: less than 1"),
         ("stages.9.steps=1", "stages has no item 9; allowed: 0 to 2"),
         ("stages.dpo.steps=1", "stages has no single 'dpo'; allowed: 0 to 2"),
+        ("stage.0.steps=5", 'stage: unknown key; did you mean "stages"?'),
         ("modl.base=x", 'modl: unknown key; did you mean "model"?'),
         ("model.base.x=1", "model.base is text; it has no 'x'"),
         ("junk", "write path=value, such as stages.1.steps=50"),
@@ -209,6 +212,30 @@ def test_an_override_that_is_no_yaml(put):
 
 
 # ---- one mistake, one line
+
+
+def places(value, path=()):
+    """Every path of a recipe's mappings and lists."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("wrong", [None, True, -1, 2.5, "x", [], {}, [1], [[]], {"a": 1}, {1: 2}, {"stage": {}}])
+def test_whatever_stands_anywhere_is_a_recipe_or_told(wrong):
+    """Any value in the place of any other, and under a key that nothing knows: no bare exception."""
+    whole = yaml.safe_load(TEXT)
+    for *outer, last in places(whole):
+        for key in (last, "stage") if isinstance(last, str) else (last,):
+            spoilt = copy.deepcopy(whole)
+            owner = spoilt
+            for part in outer:
+                owner = owner[part]
+            owner[key] = wrong
+            try:
+                parse_recipe(yaml.safe_dump(spoilt))
+            except RecipeError as error:
+                assert str(error)
 
 
 @pytest.mark.parametrize(
