@@ -56,6 +56,20 @@ def test_threads_are_chosen_before_the_library_reads_them():
 
 
 @on_linux
+def test_small_models_take_one_thread_unless_told_otherwise():
+    if runtime.preload_blas().path is None:
+        pytest.skip("no OpenBLAS on this machine")
+    code = (
+        "from mpi_mlx import runtime; runtime.fit_threads({size}); "
+        "print(runtime._library.openblas_get_num_threads(), runtime.device_summary().split(',')[1].split()[0])"
+    )
+    both = str(min(2, runtime.cores()))
+    assert python(code.format(size=3_000_000)) == "1 1"
+    assert python(code.format(size=135_000_000)) == f"{both} {both}"
+    assert python(code.format(size=3_000_000), OPENBLAS_NUM_THREADS="2") == "2 2"
+
+
+@on_linux
 def test_a_wrong_library_is_named_and_a_late_import_is_noted():
     said = python("import mpi_mlx", MPI_MLX_BLAS="/nowhere.so")
     assert said.startswith("mpi_mlx.errors.DeviceError: MPI_MLX_BLAS=/nowhere.so is no OpenBLAS")

@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
+from mpi_mlx import runtime
 from mpi_mlx.errors import ModelError
 from mpi_mlx.models.attention import route_attention
 from mpi_mlx.models.base import Model
@@ -74,6 +75,7 @@ def load_model(
     net.eval()
     model = _assemble(net, folder, config, os.fspath(base), max_pixels)
     model.quantization = quantization
+    runtime.fit_threads(sum(value.size for _, value in tree_flatten(net.parameters())))
     if adapter is not None:
         from mpi_mlx.models.adapters import load_adapter
 
