@@ -15,8 +15,9 @@ from mpi_mlx.data.pretraining import draw_step
 from mpi_mlx.data.render_flat import render_flat_array
 from mpi_mlx.data.scenes import ATTRIBUTES
 from mpi_mlx.models import load_model
-from mpi_mlx.recipe import PretrainStage
+from mpi_mlx.recipe import PretrainStage, load_recipe
 from mpi_mlx.stages.pretrain import patches, pretrain_stage, zero_residual_outputs
+from mpi_mlx.training.run import train
 
 TINY = Path(mpi_mlx.assets.__file__).parent / "tiny"
 SPEC = PretrainStage(
@@ -128,3 +129,15 @@ def test_what_is_trained(model):
     assert any("vision_tower" in n for n in names()) and any("language_model" in n for n in names())
     frozen = names(train_vision=False)
     assert not any("vision_tower" in n for n in frozen) and any("language_model" in n for n in frozen)
+
+
+def test_the_shipped_schedule_gives_the_same_bytes_twice(folder, tmp_path):
+    written = []
+    for name in ("one", "two"):
+        small = [f"stages.{i}.{key}={value}" for i in (0, 1) for key, value in (("steps", 2), ("batch_size", 10))]
+        recipe = load_recipe(
+            "tiny_base", [f"model.base={folder}", "processes=1", *small], output=str(tmp_path / name)
+        )
+        list(train(recipe))
+        written.append((tmp_path / name / "model" / "model.safetensors").read_bytes())
+    assert written[0] == written[1] and len(written[0]) > 10_000
