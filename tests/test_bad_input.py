@@ -100,9 +100,25 @@ def test_truncated_safetensors(project, capsys):
 
 
 def test_sequence_over_the_limit(project, capsys):
-    """Found when the batch is drawn: the run has begun by then."""
-    options = ["--set", "stages.0.max_tokens=5"]
-    refuse(project, capsys, "example '", "max_tokens=5", options=options, untouched=False)
+    """Found before the first step, though the only row of it may come last."""
+    options = ["--set", "stages.0.max_tokens=20", "--set", "stages.0.steps=2"]
+    refuse(project, capsys, "2 of 2 rows are over max_tokens=20", "train.jsonl:", options=options)
+    lines = project.train.read_text().splitlines()
+    project.train.write_text("\n".join([lines[0], lines[1].replace("colour?", "colour? " * 100)]))
+    words = ["1 of 2 rows are over max_tokens=200", "train.jsonl:2 (example 'b')", "raise max_tokens"]
+    refuse(project, capsys, *words, options=["--set", "stages.0.max_tokens=200", "--set", "stages.0.steps=2"])
+
+
+def test_rows_that_cannot_be_trained_are_all_named_before_anything_is_written(project, capsys):
+    lines = project.train.read_text().splitlines()
+    odd = json.loads(lines[0]) | {"messages": [{"role": "user", "content": "<|image_pad|>"}]}
+    project.train.write_text("\n".join([*lines, json.dumps(odd | {"id": "c"}), json.dumps(odd | {"id": "d"})]))
+    code, err = run(capsys, project.recipe, "--output", project.output, "--set", "stages.0.steps=4")
+    assert code == 2 and not project.output.exists()
+    said = err.splitlines()
+    assert len(said) == 3 and "2 errors" in said[0] and all(line.startswith("error: ") for line in said)
+    for number, name, line in zip((3, 4), "cd", sorted(said[1:]), strict=True):
+        assert f"train.jsonl:{number} (example '{name}'): " in line and "image placeholder" in line
 
 
 def test_output_folders_that_are_taken(project, capsys):

@@ -35,6 +35,12 @@ class Example:
     answer: str | None = None
     tools: tuple[dict, ...] | None = None
     meta: dict = field(default_factory=dict)
+    source: str | None = field(default=None, compare=False, repr=False)  # file:line that it was read from
+
+    @property
+    def where(self) -> str:
+        """For messages: ``train.jsonl:3 (example 'a')``, or ``example 'a'``."""
+        return f"example {self.id!r}" if self.source is None else f"{self.source} (example {self.id!r})"
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -136,7 +142,8 @@ class _Reader:
         identity = self._identity(raw)
         if len(self.errors) > before:
             return None
-        return Example(identity, tuple(messages), reasoning, answer, tools, meta)
+        source = f"{self.path}:{number}"
+        return Example(identity, tuple(messages), reasoning, answer, tools, meta, source)
 
     def _check_keys(self, raw: dict) -> None:
         for key in raw:

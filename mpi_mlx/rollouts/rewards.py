@@ -43,6 +43,12 @@ class RewardSet:
     def kinds(self) -> tuple[str, ...]:
         return tuple(self._parts)
 
+    def check(self, example: Example) -> None:
+        """Raises DataError when ``example`` lacks what a built-in reward compares with."""
+        for _, function in self._parts.values():
+            if isinstance(function, partial):  # built in; a user's own says so when it is called
+                function([""], [example])
+
     def __call__(
         self, completions: Sequence[str], examples: Sequence[Example]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.nn as nn
 
 from mpi_mlx.data.dataset import Dataset
+from mpi_mlx.errors import RecipeError
 from mpi_mlx.evaluation.evaluate import evaluate
 from mpi_mlx.rollouts.rewards import build_rewards
 from mpi_mlx.stages.pretrain import pretrain_stage
 from mpi_mlx.stages.rl import RolloutObjective, RolloutSource
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, validation_loss
+from mpi_mlx.stages.survey import Survey
 from mpi_mlx.training import world
 
 VALIDATION_ANSWERS = 64  # rl: examples answered for one validation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``fit`` takes for a stage, its steps, and what it is fed (None: nothing, or not looked at)."""
+
+    module: nn.Module
+    source: object
+    objective: object
+    steps: int
+    labelled: Survey | None = None
+    prompts: Survey | None = None
 
 
 def stage_seed(recipe, index: int) -> int:
@@ -38,6 +53,28 @@ def build_stage(model, spec, dataset: Dataset | None, seed: int, folder: Path) -
         return model.net, source, RolloutObjective(model, spec)
     source = SupervisedSource(model, dataset.train, dataset.document, spec, seed)
     return model.net, source, SupervisedObjective(model)
+
+
+def prepare_stages(model, recipe, dataset: Dataset | None, *, survey: bool = True) -> list[Prepared]:
+    """Every stage of ``recipe``, built, and its rows and prompts looked at (``survey``): nothing is trained yet.
+
+    Raises:
+        RecipeError, DataError: whatever can be known now to go wrong later.
+    """
+    out = []
+    for index, spec in enumerate(recipe.stages):
+        if spec.stage != "pretrain" and dataset is None:
+            raise RecipeError(f"stages.{index}: stage {spec.stage} needs a data block")
+        module, source, objective = build_stage(model, spec, dataset, stage_seed(recipe, index), recipe.folder)
+        steps = stage_steps(spec, dataset)
+        found: dict[str, Survey] = {}
+        if survey and isinstance(source, RolloutSource):
+            found["prompts"] = source.survey(steps)
+        labelled = source if isinstance(source, SupervisedSource) else getattr(source, "labelled", None)
+        if survey and labelled is not None:
+            found["labelled"] = labelled.survey(steps)
+        out.append(Prepared(module, source, objective, steps, **found))
+    return out
 
 
 def stage_steps(spec, dataset: Dataset | None) -> int:

@@ -18,6 +18,7 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.rollouts.groups import Rollout, RolloutGroup, compute_advantages, overlong_penalty
 from mpi_mlx.rollouts.sampler import sample_mixed
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource
+from mpi_mlx.stages.survey import Survey, survey_prompts
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch
 from mpi_mlx.training.fit import Batch
@@ -112,6 +113,18 @@ class RolloutSource:
             tokens += labelled.tokens
         identities = tuple(g.identity for g in kept)
         return Batch(micros, max(count, 1e-9), tokens, spec.updates_per_rollout, metrics, identities)
+
+    def survey(self, steps: int) -> Survey:
+        """Looks at the prompts of the first ``steps`` steps, refills not counted; see ``survey_prompts``."""
+        positions = range(steps * self.spec.prompts * world.world().size())
+        drawn: dict[int, object] = {}
+        for position in positions:
+            example = self._example(position)
+            drawn[id(example)] = example
+            if len(drawn) == len(self.examples):
+                break
+        document = self.document if self.spec.policy_aware else None
+        return survey_prompts(self.model, list(drawn.values()), document, self.rewards)
 
     # ---- drawing
 

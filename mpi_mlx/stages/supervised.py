@@ -15,11 +15,17 @@ from mpi_mlx.data.completion import completion_text
 from mpi_mlx.data.examples import Example
 from mpi_mlx.documents import PolicyDocument, passages, place_document
 from mpi_mlx.errors import DataError
+from mpi_mlx.models.images import ByteLRU
+from mpi_mlx.stages.survey import Findings, Survey
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch, Row, check_length, loss_weights, micro_batch
 from mpi_mlx.training.fit import Batch
 from mpi_mlx.training.forward import micro_logprobs
 from mpi_mlx.training.losses import sft_loss
+
+ROW_CACHE_BYTES = 512 << 20
+NEAR = 64  # tokens by which an estimated length may be wrong: a template's own system prompt may give way
+SURE = 8  # so many rows with the document are encoded whole at most, to know the longest
 
 
 def encode_example(model, example, document: PolicyDocument | None, stage: str, *, reasoning: bool = True) -> Row:
@@ -29,7 +35,7 @@ def encode_example(model, example, document: PolicyDocument | None, stage: str, 
         DataError: the example has no answer to learn.
     """
     if example.answer is None:
-        raise DataError(f"example {example.id!r} has no answer; stage {stage} needs labelled examples")
+        raise DataError(f"{example.where} has no answer; stage {stage} needs labelled examples")
     prompt = model.encode(
         place_document(example.messages, document), tools=example.tools, generation_prompt=True
     )
@@ -53,7 +59,8 @@ class SupervisedSource:
         self.spec, self.seed = spec, seed
         self.rows_per_process = spec.batch_size * spec.accumulate
         self.per_step = self.rows_per_process * world.world().size()
-        self._rows: dict[tuple[int, bool], Row] = {}
+        self._rows: ByteLRU[Row] = ByteLRU(ROW_CACHE_BYTES)
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         self.questions = _questions(document) if getattr(spec, "document_questions", 0.0) else []
 
     def state(self) -> dict:
@@ -85,24 +92,83 @@ class SupervisedSource:
             chance = np.random.default_rng([self.seed, 23, position])
             if chance.random() < self.spec.document_questions:
                 return len(self.examples) + int(chance.integers(len(self.questions))), False
-        order = np.random.default_rng([self.seed, 21, epoch]).permutation(len(self.examples))
-        fraction = 1.0 if self.spec.stage == "cpt" else self.spec.document_fraction
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, 21, epoch]).permutation(len(self.examples))
+            draws = np.random.default_rng([self.seed, 22, epoch]).random(len(self.examples))
+            self._epoch = epoch, order, draws
+        _, order, draws = self._epoch
+        return int(order[at]), bool(draws[at] < self._document_share)
+
+    @property
+    def _document_share(self) -> float:
         if self.document is None:
-            fraction = 0.0
-        draw = np.random.default_rng([self.seed, 22, epoch]).random(len(self.examples))[at]
-        return int(order[at]), bool(draw < fraction)
+            return 0.0
+        return 1.0 if self.spec.stage == "cpt" else self.spec.document_fraction
 
     def _row(self, index: int, carries: bool) -> Row:
-        known = self._rows.get((index, carries))
-        if known is None:
-            spec = self.spec
-            asked = index - len(self.examples)
-            known = encode_example(
-                self.model, self.examples[index] if asked < 0 else self.questions[asked], self.document if carries else None, spec.stage,
-                reasoning=spec.reasoning,
-            )
-            self._rows[index, carries] = check_length(known, spec.max_tokens)
-        return known
+        return check_length(self._encoded(index, carries), self.spec.max_tokens)
+
+    def _example(self, index: int) -> Example:
+        asked = index - len(self.examples)
+        return self.examples[index] if asked < 0 else self.questions[asked]
+
+    def _encoded(self, index: int, carries: bool) -> Row:
+        row = self._rows.get((index, carries))
+        if row is None:
+            document, spec = self.document if carries else None, self.spec
+            row = encode_example(self.model, self._example(index), document, spec.stage, reasoning=spec.reasoning)
+            arrays = (row.weights, row.encoded.ids, row.encoded.position_ids, row.encoded.visual, row.encoded.assistant)
+            self._rows.put((index, carries), row, 1024 + sum(a.nbytes for a in arrays))
+        return row
+
+    # ---- looking ahead
+
+    def survey(self, steps: int) -> Survey:
+        """Looks at every row of the first ``steps`` steps; the processes share the work.
+
+        Rows are encoded without the document, which is encoded once: a long one in each row would take minutes.
+        Where that leaves a doubt the whole row is.
+
+        Raises:
+            DataError: rows over ``max_tokens``, without an answer, or that the model cannot read; all of them.
+        """
+        limit = self.spec.max_tokens
+        findings = Findings(self.spec.stage)
+        exact: set[tuple[int, bool]] = set()
+        added = None  # tokens that the document adds
+
+        def whole(row: tuple[int, bool]) -> int:
+            exact.add(row)
+            return len(self._encoded(*row))
+
+        def look(row: tuple[int, bool]) -> int:
+            nonlocal added
+            bare = len(self._encoded(row[0], False))
+            if not row[1]:
+                return whole(row)
+            if added is None:
+                added = whole(row) - bare
+            near = limit is not None and abs(bare + added - limit) <= NEAR
+            return whole(row) if near else bare + added
+
+        for row in world.share(self._drawn(steps)):
+            findings.measure(row, self._example(row[0]), lambda row=row: look(row))
+        for _ in range(SURE if findings.lengths else 0):
+            longest = max(findings.lengths, key=findings.lengths.get)
+            if longest in exact:
+                break
+            findings.measure(longest, self._example(longest[0]), lambda row=longest: whole(row))
+        return findings.conclude(limit)
+
+    def _drawn(self, steps: int) -> list[tuple[int, bool]]:
+        """The distinct (index, carries) of the first ``steps`` steps, of all processes."""
+        forms = 2 if 0 < self._document_share < 1 else 1
+        most, seen = len(self.examples) * forms + len(self.questions), {}
+        for position in range(steps * self.per_step):
+            seen[self._pick(position)] = None
+            if len(seen) == most:
+                break
+        return list(seen)
 
 
 def _questions(document: PolicyDocument | None) -> list[Example]:

@@ -13,25 +13,21 @@ from mlx.utils import tree_flatten
 
 from mpi_mlx import runtime
 from mpi_mlx.atomic import replace_dir, temporary_dir
-from mpi_mlx.data.dataset import Dataset, load_dataset
-from mpi_mlx.errors import RecipeError
 from mpi_mlx.evaluation.evaluate import evaluation
 from mpi_mlx.evaluation.forgetting import forgetting, perplexity
 from mpi_mlx.evaluation.report import write_report
 from mpi_mlx.evaluation.results import load_results, record, record_facts, results_path
-from mpi_mlx.models import load_model
 from mpi_mlx.models.adapters import load_adapter, save_adapter
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
-from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.models.memory import count_parameters
-from mpi_mlx.stages.build import build_stage, stage_seed, stage_steps, validation
-from mpi_mlx.stages.pretrain import zero_residual_outputs
+from mpi_mlx.stages.build import build_stage, stage_seed, validation
 from mpi_mlx.training import checkpoint as ckpt
 from mpi_mlx.training import world
 from mpi_mlx.training.fit import fit
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.optimizer import Optimizer
-from mpi_mlx.training.recorders import Recorders, check_recorders
+from mpi_mlx.training.prepare import is_pretraining, prepare
+from mpi_mlx.training.recorders import Recorders
 from mpi_mlx.training.reports import (
     EvaluationProgress,
     EvaluationRow,
@@ -71,24 +67,10 @@ class _Run:
         self.recipe, self.resume = recipe, resume
         self.began, self.seconds_before = time.perf_counter(), 0.0
         self.stopped = False  # by request; the same in every process
-        runtime.configure()
-        self.dataset: Dataset | None = None
-        if recipe.data is not None:
-            self.dataset = load_dataset(recipe.data, recipe.folder)
-        spec = recipe.model
-        self.model = load_model(
-            spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, dtype=spec.dtype, init=spec.init,
-            seed=recipe.seed,
-        )
-        self.pretraining = any(s.stage == "pretrain" for s in recipe.stages)
-        if self.pretraining and spec.init == "random":
-            zero_residual_outputs(self.model.net)
-        if not self.pretraining:
-            if recipe.lora is None:
-                raise RecipeError("lora: null is for pretrain stages only; give lora a rank")
-            attach_lora(self.model, recipe.lora, mx.random.key(recipe.seed))
-        self._check_stages()
-        check_recorders(recipe)
+        goes_on = resume and (Path(recipe.output) / "recipe.yaml").exists()
+        ready = prepare(recipe, survey=not goes_on)
+        self.dataset, self.model, self.stages = ready.dataset, ready.model, ready.stages
+        self.pretraining = is_pretraining(recipe)
         # The folder comes last: nothing is written for a recipe that cannot run.
         document = self.dataset.document if self.dataset is not None else None
         self.folder = RunFolder(
@@ -97,23 +79,18 @@ class _Run:
         self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
         self.recorders = Recorders(recipe, self.folder.path) if world.is_main() else None
 
-    def _check_stages(self) -> None:
-        for index, spec in enumerate(self.recipe.stages):
-            if spec.stage != "pretrain" and self.dataset is None:
-                raise RecipeError(f"stages.{index}: stage {spec.stage} needs a data block")
-            build_stage(self.model, spec, self.dataset, stage_seed(self.recipe, index), self.recipe.folder)
-
     # ---- the whole
 
     def go(self) -> Iterator[object]:
         recipe = self.recipe
         total, trainable = count_parameters(self.model)
-        stages = tuple(
-            (i, s.stage, stage_steps(s, self.dataset)) for i, s in enumerate(recipe.stages)
-        )
+        stages = tuple((i, s.stage, self.stages[i].steps) for i, s in enumerate(recipe.stages))
         yield RunStarted(recipe.name, recipe.output, total, trainable, stages, runtime.device_summary())
-        labels = self._labels()
-        yield from self._evaluate(labels[0])
+        for spec, prepared in zip(recipe.stages, self.stages, strict=True):
+            for what, found in (("prompts", prepared.prompts), ("labelled rows", prepared.labelled)):
+                if found is not None:
+                    yield Message(f"{spec.stage}: {found.rows:,} {what}, the longest of {found.longest:,} tokens")
+        yield from self._evaluate("base")
         for index, spec in enumerate(recipe.stages):
             if self._stop_everywhere():
                 break
@@ -125,7 +102,7 @@ class _Run:
                 yield from self._stage(index, spec, stages[index][2])
             # A run may have been killed between a stage's end and the end of its evaluation.
             if not self.stopped:
-                yield from self._evaluate(labels[index + 1])
+                yield from self._evaluate(recipe.labels[index])
         if self.stopped:
             yield Interrupted(recipe.output, f"{recipe.command} --resume")
         else:
@@ -134,13 +111,6 @@ class _Run:
     def close(self) -> None:
         if self.recorders:
             self.recorders.close()
-
-    def _labels(self) -> list[str]:
-        """base, and each stage's name, numbered when it occurs more than once."""
-        names = [s.stage for s in self.recipe.stages]
-        return ["base"] + [
-            name if names.count(name) == 1 else f"{name}{names[: i + 1].count(name)}" for i, name in enumerate(names)
-        ]
 
     def _finish(self) -> Iterator[object]:
         rows, report = (), None
@@ -168,7 +138,7 @@ class _Run:
         seed = stage_seed(recipe, index)
         enable_gradient_checkpointing(self.model, spec.gradient_checkpointing)
         self.model.net.train()
-        module, source, objective = build_stage(self.model, spec, self.dataset, seed, recipe.folder)
+        module, source, objective = self._built(index, spec, seed)
         optimizer = Optimizer(spec.optimizer, weight_decay=spec.weight_decay)
         optimizer.init(module.trainable_parameters())
         root = folder.stage(index, spec.stage) / "checkpoints"
@@ -225,6 +195,12 @@ class _Run:
         if best is not None and best["step"] != last:
             ckpt.load_parameters(ckpt.checkpoint_folder(root, best["step"]), module)
         yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began)
+
+    def _built(self, index: int, spec, seed: int) -> tuple:
+        if spec.stage == "pretrain":  # its stages freeze different parts of the one model
+            return build_stage(self.model, spec, self.dataset, seed, self.recipe.folder)
+        prepared, self.stages[index] = self.stages[index], None  # its rows are not kept for the stages after it
+        return prepared.module, prepared.source, prepared.objective
 
     def _stop_everywhere(self) -> bool:
         """Whether any process was asked to stop; the processes must stop at the same step, so all ask this."""
@@ -303,7 +279,7 @@ class _Run:
         if world.is_main():
             record(self.folder.path, row, predictions)
             self.folder.mark()
-            self.recorders.row(self._labels().index(label), row)
+            self.recorders.row(("base", *self.recipe.labels).index(label), row)
         yield EvaluationRow(row)
 
     def _measure_forgetting(self, label: str) -> None:

@@ -140,7 +140,7 @@ def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():
     texts = [
         f"<think>{good}</think>\nb",
         f"<think>{good}</think>\na",  # both steps right, wrong end: halved
-        f"<think>{good.replace('red cube? yes', 'red cube? no')}</think>\nb",
+        f"<think>{good.replace('Owl yes', 'Owl no')}</think>\nb",
         "b",
     ]
     assert values("trace", texts, [row] * 4) == [1.0, 0.5, 0.25, 0.0]

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,8 +12,10 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.models import load_model
 from mpi_mlx.recipe import RlStage
 from mpi_mlx.rollouts.groups import compute_advantages, overlong_penalty
+from mpi_mlx.rollouts.rewards import build_rewards
 from mpi_mlx.stages.rl import LabelledMicro, RolloutMicro, RolloutObjective, RolloutSource
 from mpi_mlx.stages.supervised import SupervisedObjective
+from mpi_mlx.stages.survey import Survey
 from mpi_mlx.training.optimizer import Optimizer
 from mpi_mlx.training.score import score_plain
 
@@ -363,3 +368,39 @@ def test_refusals(model, dataset):
         RolloutSource(model, (), RULES, spec_of(), Rewards(None), 0)
     with pytest.raises(DataError, match="policy_aware needs a document"):
         RolloutSource(model, dataset.rl, None, spec_of(policy_aware=1), Rewards(None), 0)
+
+
+def test_the_survey_of_prompts(model, dataset):
+    """Six prompts, two a step: four of them in two steps, all of them in three or more."""
+    lengths = [len(model.encode(e.messages, generation_prompt=True)) for e in dataset.rl]
+    rewards = build_rewards([SimpleNamespace(kind="exact_match", weight=1.0)])
+
+    def survey(steps, examples=dataset.rl, rewards=rewards, document=None, **changes):
+        return RolloutSource(model, examples, document, spec_of(**changes), rewards, 5).survey(steps)
+
+    few = RolloutSource(model, dataset.rl, None, spec_of(), rewards, 5)
+    drawn = {id(few._example(position)) for position in range(4)}
+    assert len(drawn) == 4
+    assert survey(2) == Survey(4, max(n for n, e in zip(lengths, dataset.rl, strict=True) if id(e) in drawn))
+    assert survey(3) == survey(50) == survey(3, document=RULES, policy_aware=1) == Survey(6, max(lengths))
+
+    odd = [replace(e, source=f"rl.jsonl:{n}") for n, e in enumerate(dataset.rl, 1)]
+    odd[1] = replace(odd[1], answer=None)
+    odd[4] = replace(odd[4], messages=({"role": "user", "content": "<|image_pad|>"},))
+    with pytest.raises(DataError) as error:
+        survey(3, odd)
+    said = sorted(str(error.value).splitlines()[1:])
+    assert "rl.jsonl:2 (example " in said[0] and "no answer; reward exact_match compares with it" in said[0]
+    assert "rl.jsonl:5 (example " in said[1] and "image placeholder" in said[1] and len(said) == 2
+    unasked = build_rewards([SimpleNamespace(kind="format", weight=1.0)])
+    assert survey(3, odd[:4], unasked).rows == 4  # no answers are needed then
+    plain = [replace(e, meta={}) for e in dataset.rl]
+    with pytest.raises(DataError, match="6 errors(.|\n)*reward trace needs meta.tree"):
+        survey(3, plain, build_rewards([SimpleNamespace(kind="trace", weight=1.0)]))
+
+
+def test_the_survey_does_not_call_ones_own_function(model, dataset, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(completions, examples):\n    raise ValueError\n")
+    spec = SimpleNamespace(kind="function", function=f"{tmp_path / 'mine.py'}:score", weight=1.0)
+    rewards = build_rewards([spec])
+    assert RolloutSource(model, dataset.rl, None, spec_of(), rewards, 5).survey(3).rows == 6

@@ -12,6 +12,8 @@ from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 from mpi_mlx.recipe import CptStage, SftStage
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, encode_example, validation_loss
+from mpi_mlx.stages.survey import Findings, Survey
+from mpi_mlx.training import world
 from mpi_mlx.training.fit import fit
 from mpi_mlx.training.optimizer import Optimizer
 
@@ -165,6 +167,76 @@ def test_refusals(model, dataset):
         SupervisedSource(model, (), None, spec, 0)
     with pytest.raises(DataError, match="over max_tokens=20"):
         SupervisedSource(model, dataset.train, None, spec, 0).batch(0)
+
+
+@pytest.mark.parametrize("steps", [2, 20])
+@pytest.mark.parametrize("stage", ["cpt", "sft", "half"])
+def test_the_survey_knows_the_rows_that_will_be_drawn(model, dataset, stage, steps):
+    spec = {
+        "cpt": CptStage(stage="cpt", steps=steps, batch_size=2),
+        "sft": SftStage(stage="sft", steps=steps, batch_size=2),
+        "half": SftStage(stage="sft", steps=steps, batch_size=2, document_fraction=0.5),
+    }[stage]
+    drawing = SupervisedSource(model, dataset.train, RULES, spec, seed=1)
+    drawn = {drawing._pick(position) for position in range(2 * steps)}
+    lengths = {
+        (i, carries): len(encode_example(model, dataset.train[i], RULES if carries else None, spec.stage))
+        for i, carries in drawn
+    }
+    assert len(drawn) == (4 if steps == 2 else 10 if stage == "half" else 5)
+    found = SupervisedSource(model, dataset.train, RULES, spec, seed=1).survey(steps)
+    assert found == Survey(len(drawn), max(lengths.values()))
+    # The limit is exact: the longest row passes, and a token less does not.
+    limited = spec.model_copy(update={"max_tokens": found.longest})
+    assert SupervisedSource(model, dataset.train, RULES, limited, seed=1).survey(steps) == found
+    short = spec.model_copy(update={"max_tokens": found.longest - 1})
+    over = sum(n == found.longest for n in lengths.values())
+    words = f"{over} of {len(drawn)} rows are over .*={found.longest - 1}, the longest .{found.longest:,} tokens"
+    with pytest.raises(DataError, match=words):
+        SupervisedSource(model, dataset.train, RULES, short, seed=1).survey(steps)
+
+
+def test_the_survey_spares_the_document(model, dataset, monkeypatch):
+    """A document of 50,000 tokens, tokenized for each of a thousand rows, would take minutes."""
+    carried, encode = [], model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda messages, **o: carried.append(messages[0]["role"] == "system") or encode(messages, **o)
+    )
+    source = SupervisedSource(model, dataset.train, RULES, CptStage(stage="cpt", steps=9, batch_size=2), seed=1)
+    assert source.survey(9).rows == 5
+    assert 1 <= sum(carried) <= 2  # to know its length, and in the longest row
+
+
+def test_the_survey_names_the_line_of_the_longest_row(model, dataset):
+    rows = [replace(e, source=f"train.jsonl:{n}") for n, e in enumerate(dataset.train, 1)]
+    rows[3] = replace(rows[3], reasoning="so it is. " * 60)
+    source = SupervisedSource(model, rows, None, SftStage(stage="sft", steps=3, batch_size=2, max_tokens=300), seed=1)
+    with pytest.raises(DataError, match=f"1 of 5 rows .* is train.jsonl:4 .example '{rows[3].id}'.; raise max_tokens"):
+        source.survey(3)
+    rows[1], rows[3] = replace(rows[1], answer=None), replace(rows[3], answer=None)
+    with pytest.raises(DataError) as error:
+        SupervisedSource(model, rows, None, SftStage(stage="sft", steps=3, batch_size=2), seed=1).survey(3)
+    said = str(error.value).splitlines()
+    assert said[0] == "stage sft: 2 errors" and sorted(line.split()[0] for line in said[1:]) == [
+        "train.jsonl:2", "train.jsonl:4",
+    ]  # fmt: skip
+
+
+def test_processes_conclude_the_same_from_what_each_has_found(dataset, monkeypatch):
+    """Two processes: the other one has 3 rows, one of them over the limit, and the longest of all."""
+    other = [[[], 3, 0, [400, "train.jsonl:9 (example 'z')"]]]
+    monkeypatch.setattr(world, "gather_objects", lambda mine: mine + other)
+    findings = Findings("sft")
+    for row, tokens in enumerate((100, 250)):
+        findings.measure(row, dataset.train[row], lambda tokens=tokens: tokens)
+    assert findings.conclude() == Survey(5, 400)
+    other[0][2] = 1
+    words = r"stage sft: 2 of 5 rows are over max_tokens=200, the longest .400 tokens. is train.jsonl:9 .example 'z'.;"
+    with pytest.raises(DataError, match=words):
+        findings.conclude(200)
+    other[0][0].append("train.jsonl:7: odd")
+    with pytest.raises(DataError, match="^train.jsonl:7: odd$"):
+        findings.conclude()
 
 
 def test_questions_about_the_document(model, dataset):

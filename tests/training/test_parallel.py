@@ -53,6 +53,18 @@ def test_a_process_may_have_nothing_to_train_on(two_and_one):
     assert 1 in trained  # one process had its group, the other none
 
 
+def test_processes_stop_after_the_same_batch_of_answers(base, tmp_path):
+    """Five examples in batches of 1: rank 0 answers three, rank 1, which is asked to stop, two."""
+    data = {"benchmark": "clevr_policy", "depth": 1, "train": 5, "test": 5}
+    evaluation = {"batch_size": 1, "max_completion_tokens": 2, "forgetting": False}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", base, [STAGES["cpt"] | {"steps": 1}], data=data, evaluation=evaluation
+    )
+    command = [sys.executable, str(DRIVER), str(recipe), str(tmp_path / "run"), "1"]
+    assert launch(command, 2) == Ended(0)
+    assert not (tmp_path / "run" / "evaluation").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_only_rank_0_writes(two_and_one):
     """Each line is there once, and so is each row of the evaluation, which the processes shared."""
     many, one = two_and_one

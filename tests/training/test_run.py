@@ -8,12 +8,14 @@ import mlx_vlm
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import STAGES, metrics
+from small_runs import STAGES, metrics, write_recipe
 
 from mpi_mlx.errors import CheckpointError
 from mpi_mlx.models import load_model
 from mpi_mlx.recipe import load_recipe
-from mpi_mlx.training.reports import RunFinished, RunStarted, StepReport
+from mpi_mlx.stages import build
+from mpi_mlx.training import run as run_module
+from mpi_mlx.training.reports import Message, RunFinished, RunStarted, StepReport, ValidationReport
 from mpi_mlx.training.run import train
 
 
@@ -100,6 +102,47 @@ def test_adapter_in_plain_mlx_vlm(whole, base):
         image_grid_thw=mx.array([image.grid]),
     ).logits  # fmt: skip
     assert mx.abs(without - theirs).max().item() > 1e-2
+
+
+def test_stopping_early_keeps_the_best(base, tmp_path, monkeypatch):
+    """Scripted validations, a step each: the second is best, and two without progress end the stage."""
+    losses = iter([3.0, 2.0, 2.5, 2.25, 0.0])
+    monkeypatch.setattr(run_module, "validation", lambda *_: next(losses))
+    stage = STAGES["sft"] | {"steps": 9, "validate_every": 1, "patience": 2}
+    recipe = load_recipe(
+        write_recipe(tmp_path / "r.yaml", base, [stage], evaluation={"after": []}), output=tmp_path / "run"
+    )
+    reports, kept = [], {}
+    for report in train(recipe):
+        reports.append(report)
+        for folder in (tmp_path / "run").rglob("step-*"):
+            if folder.name not in kept and (folder / "state.json").is_file():
+                kept[folder.name] = mx.load(str(folder / "parameters.safetensors"))
+    assert [r.loss for r in reports if isinstance(r, ValidationReport)] == [3.0, 2.0, 2.5, 2.25]
+    assert len(metrics(tmp_path / "run")) == 4  # not nine
+    assert "no better since step 2" in next(r.text for r in reports if isinstance(r, Message) and "better" in r.text)
+    best, final = kept["step-000002"], mx.load(str(tmp_path / "run/adapter/adapters.safetensors"))
+    assert len(best) == len(final) > 0
+    for ours, theirs in zip(sorted(best), sorted(final), strict=True):
+        assert ours.endswith(theirs) or theirs.endswith(ours)
+        assert mx.array_equal(best[ours], final[theirs]).item(), ours
+    assert any(not mx.array_equal(kept["step-000001"][name], best[name]).item() for name in best)
+
+
+def test_validation_in_rl_answers_without_dropout(base, tmp_path, monkeypatch):
+    training = []
+
+    def evaluate(model, *_, **__):
+        training.append(model.net.training)
+        return {"accuracy": 0.25}, []
+
+    monkeypatch.setattr(build, "evaluate", evaluate)
+    stage = STAGES["rl"] | {"steps": 1, "validate_every": 1}
+    recipe = load_recipe(
+        write_recipe(tmp_path / "r.yaml", base, [stage], evaluation={"after": []}), output=tmp_path / "run"
+    )
+    assert [r.loss for r in train(recipe) if isinstance(r, ValidationReport)] == [0.75]
+    assert training == [False]
 
 
 def test_folders_that_are_taken(whole, recipe_file, tmp_path):
