@@ -78,6 +78,6 @@ def copy_whole(source: Path, target: Path) -> None:
     from mpi_mlx.atomic import replace_dir, temporary_dir
 
     with temporary_dir(target) as temporary:
-        ignored = shutil.ignore_patterns("__pycache__", "__init__.py", "*.pyc")
+        ignored = shutil.ignore_patterns("__pycache__", "__init__.py", "*.pyc", ".*")
         shutil.copytree(source, temporary, dirs_exist_ok=True, ignore=ignored)
         replace_dir(temporary, target)

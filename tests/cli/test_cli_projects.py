@@ -5,6 +5,8 @@ import pytest
 from mpi_mlx_cli import main as cli
 from mpi_mlx_cli.projects import copy_whole, first_sentence
 
+from mpi_mlx.recipe import load_recipe
+
 
 def run(capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
@@ -27,6 +29,8 @@ def test_a_copy_is_complete_and_leaves_nothing_else(tmp_path):
     (source / "document" / "images" / "a.png").write_bytes(b"png")
     (source / "recipe.yaml").write_text("seed: 0\n")
     (source / "__pycache__").mkdir()
+    (source / ".ruff_cache").mkdir()
+    (source / ".ruff_cache" / "CACHEDIR.TAG").write_text("x")
     copy_whole(source, tmp_path / "sub" / "mine")
     found = sorted(p.relative_to(tmp_path / "sub") for p in (tmp_path / "sub").rglob("*") if p.is_file())
     assert found == [Path("mine/document/images/a.png"), Path("mine/recipe.yaml")]
@@ -41,7 +45,9 @@ def test_init_copies_the_template(capsys, tmp_path):
     code, out, err = run(capsys, "init", str(tmp_path / "mine"))
     assert (code, err) == (0, "") and "next: read" in out
     assert sorted(os.listdir(tmp_path)) == ["mine"]
-    assert any(p.suffix == ".yaml" for p in (tmp_path / "mine").iterdir())
+    recipe = load_recipe(tmp_path / "mine" / "recipe.yaml")
+    assert recipe.output == "runs/mine"  # two projects do not share a run
+    assert recipe.data.train == str(tmp_path / "mine" / "train.jsonl")
 
 
 def test_first_sentence_of_a_recipe():
