@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import signal
-import sys
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -87,16 +87,17 @@ def serve_command(
     from mpi_mlx.serving.engine import Engine
     from mpi_mlx.serving.limits import Limits
 
+    listening = _bind(host, port)
     engine = Engine(
         replace(target, adapter=None).load, {label: one.adapter for label, one in targets.items()},
         max_rows=max_batch, max_queue=max_queue, max_prompt=max_prompt, prefix_bytes=prefix_cache << 20,
-    ).start()  # fmt: skip
+    ).load()  # fmt: skip
     defaults = {
         label: (min(one.max_tokens, max_tokens), one.temperature, one.top_p) for label, one in targets.items()
     }
     limits = Limits(tokens=max_tokens, image_folder=allow_image_dir, remote_images=remote)
     options = ServerOptions(defaults, api_key or None, loopback_only=local and not api_key, limits=limits)
-    _run(build_app(engine, options), engine, host, port, ", ".join(targets))
+    _run(build_app(engine, options), engine, listening, ", ".join(targets))
 
 
 def _is_loopback(host: str) -> bool:
@@ -108,34 +109,54 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _run(app, engine, host: str, port: int, names: str) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what was asked and exits 0."""
-    import socket
-
-    import uvicorn
-
+def _bind(host: str, port: int) -> socket.socket:
     from mpi_mlx.errors import ServingError
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
     except OSError as error:
-        engine.close()
         raise ServingError(f"port {port} on {host}: {error.strerror}; choose another --port") from None
+    return listening
+
+
+def _run(app, engine, listening: socket.socket, names: str) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what was asked; a second one ends it at once.
+
+    The model works in this thread, the requests come in another: see `wait_for_end` in
+    mpi_mlx/serving/jobs.py for what else may happen as the process ends.
+    """
+    import uvicorn
+
+    from mpi_mlx.errors import ServingError
+
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=60, timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
-    # uvicorn raises the signal once more when it is done; by then there is nothing left to do
+    server = uvicorn.Server(config)
+
+    def stop(number, _) -> None:
+        server.should_exit = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def serve() -> None:
+        try:
+            server.run(sockets=[listening])
+        finally:
+            engine.close()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, stop)
+    listening.listen(2048)  # before it is said: who reads the line may connect
+    host, port = listening.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving {names} on http://{place}:{listening.getsockname()[1]}/v1  (Ctrl-C stops)")
-    uvicorn.Server(config).run(sockets=[listening])
-    engine.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # all is done; native threads have been seen to abort while the interpreter is taken down
+    typer.echo(f"serving {names} on http://{place}:{port}/v1  (Ctrl-C stops)")
+    requests = threading.Thread(target=serve, name="mpi-mlx-requests")
+    requests.start()
+    engine.work()
+    requests.join()
+    if not server.started:
+        raise ServingError(f"the server on {place}:{port} did not start; see what it said above")

@@ -1,6 +1,7 @@
 """Continuous batching: requests join and leave the batch between two tokens.
 
-One thread owns the model. A request is encoded, its prompt forwarded from where the prefix cache ends, and
+One thread owns the model: one of the engine's own after ``start()``, or the caller's in ``load()`` and ``work()``.
+A request is encoded, its prompt forwarded from where the prefix cache ends, and
 its row joins the batch; rows that have ended are taken out. Caches are mlx-lm's.
 """
 
@@ -19,7 +20,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from mpi_mlx.errors import MPIError, ServingError
 from mpi_mlx.serving import decoding
-from mpi_mlx.serving.jobs import Busy, Counters, Job, Row
+from mpi_mlx.serving.jobs import Busy, Counters, Job, Row, wait_for_end
 from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.target import context_length
 from mpi_mlx.serving.variants import Variants
@@ -68,7 +69,7 @@ class Engine:
         return len(self._waiting)
 
     def start(self) -> Engine:
-        """Loads the model; raises what loading raises."""
+        """Loads the model and works in a thread of its own; raises what loading raises."""
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
@@ -78,7 +79,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Queues a job. Raises Busy."""
         with self._condition:
-            if self._closing or not self._thread.is_alive():
+            if self._closing:
                 raise Busy("the server is stopping")
             if len(self._waiting) >= self.max_queue:
                 self._drop_cancelled()
@@ -101,25 +102,36 @@ class Engine:
         job.cancelled = True
 
     def close(self) -> None:
-        """Refuses new jobs, finishes those it has, and ends the thread."""
+        """Refuses new jobs, lets it finish those it has, and waits for its own thread, if it has one."""
         with self._condition:
             self._closing = True
             self._condition.notify()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+            wait_for_end(self._thread)
+
+    def load(self) -> Engine:
+        """Loads the model for :meth:`work`, to be called in the same thread."""
+        self.model = self._load()
+        self._variants = Variants(self.model, self._folders)
+        self._draw = decoding.Draw(self.model)
+        self._widest = max(map(len, self.model.tokenizer.get_vocab()))
+        return self
 
     # ---- the thread
 
     def _run(self) -> None:
         try:
-            self.model = self._load()
-            self._variants = Variants(self.model, self._folders)
-            self._draw = decoding.Draw(self.model)
-            self._widest = max(map(len, self.model.tokenizer.get_vocab()))
+            self.load()
         except BaseException as error:
-            self._failure = error
+            self._failure, self._closing = error, True
             return
         finally:
             self._ready.set()
+        self.work()
+
+    def work(self) -> None:
+        """Runs jobs until :meth:`close`, and what was asked before it."""
         while True:
             with self._condition:
                 while not (self._waiting or self._rows or self._closing):

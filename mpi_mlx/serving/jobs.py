@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,3 +67,14 @@ class Row:
     stream: decoding.TextStream
     random: np.random.Generator
     ids: list[int] = field(default_factory=list)
+
+
+def wait_for_end(thread: threading.Thread) -> None:
+    """Until the system's thread is gone, where that can be seen; Python before 3.13 says so earlier.
+
+    MLX keeps compiled functions for each thread and frees them, Python objects among them, as it ends. Were the
+    interpreter taken down meanwhile, the process would abort.
+    """
+    place, until = f"/proc/self/task/{thread.native_id}", time.monotonic() + 5
+    while os.path.exists(place) and time.monotonic() < until:
+        time.sleep(0.001)

@@ -148,6 +148,41 @@ def test_many_at_once_and_those_who_leave(client, url):
     assert "mpi_mlx_failed 0" in metrics
 
 
+def test_sigterm_finishes_what_was_asked(folder):
+    process, url = start(folder)
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    streams = [iter(client.chat.completions.create(**ASK | {"max_tokens": 400}, stream=True)) for _ in range(3)]
+    begun = [next(stream) for stream in streams]
+    process.send_signal(signal.SIGTERM)
+    ends = [list(stream)[-1] for stream in streams]
+    assert len(begun) == 3 and [end.choices[0].finish_reason for end in ends] == ["length"] * 3
+    assert process.wait(120) == 0 and process.stderr.read().count("Traceback") == 0
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
+
+
+def test_a_port_that_is_taken_and_hosts_that_are_none(folder):
+    import socket
+
+    from mpi_mlx_cli.serve import serve_command
+
+    from mpi_mlx.errors import ServingError
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for options, said in (({"port": taken.getsockname()[1]}, "choose another --port"),
+                              ({"allow_image_host": ["http://x/"]}, "give a host such as"),
+                              ({"allow_image_host": ["127.0.0.1"]}, "public addresses only"),
+                              ({"allow_image_dir": folder / "none"}, "no such folder"),
+                              ({"adapter": ["x"]}, "NAME=RUN"),
+                              ({"adapter": [f"x={folder}"]}, "not an adapter of"),
+                              ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"),
+                              ({"host": "0.0.0.0", "api_key": ""}, "--api-key")):  # fmt: skip
+            with pytest.raises(ServingError, match=said):
+                serve_command(str(folder), **options)
+
+
 def test_beyond_loopback_a_key_is_wanted(folder):
     command = [sys.executable, "-m", "mpi_mlx_cli.main", "serve", str(folder), "--host", "0.0.0.0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
