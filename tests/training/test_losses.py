@@ -98,8 +98,9 @@ def test_chunks_bound_the_memory(monkeypatch):
     mx.reset_peak_memory()
     start = mx.get_active_memory()
     mx.eval(grad(hidden))
-    # all logits would be 64 MiB, a chunk's are 1 MiB and a few of them are in flight
-    assert mx.get_peak_memory() - start < 12 * 2**20
+    # all logits would be 64 MiB, twice; a chunk's are 1 MiB, and some of them are in flight: 20 MiB in all were
+    # seen on a machine whose worker thread got little time
+    assert mx.get_peak_memory() - start < 32 * 2**20
 
 
 def test_entropy():
