@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from mpi_mlx.data.completion import split_completion
 from mpi_mlx.data.clevr_policy import SceneImage, build_clevr_policy
+from mpi_mlx.data.completion import split_completion
 from mpi_mlx.data.pretraining import draw_step
 from mpi_mlx.documents import place_document
 from mpi_mlx.evaluation.metrics import majority_share

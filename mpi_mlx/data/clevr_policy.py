@@ -22,7 +22,8 @@ from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 
 DEFAULT_SIZE = {"flat": 84, "clevr": 448}
-SPLITS = ("test", "validation", "rl", "train")  # as scenes are given out: more labelled examples leave the test as it is
+# In the order in which scenes are given out: more labelled examples leave the test as it is.
+SPLITS = ("test", "validation", "rl", "train")
 BANK = 50_000  # scenes drawn at least: rare replies need many, to be as frequent as the others
 
 

@@ -85,7 +85,8 @@ def test_the_walk_and_its_trace_by_hand():
     assert tree.trace(SCENE) == trace
     assert check_trace(trace, "maple", tree) == 1.0
     assert check_trace(trace, "cedar", tree) == 0.5  # both steps are right, the reply is not
-    wrong = trace.replace("Falcon yes Otter blue object? Otter yes maple", "Falcon no Raven large object? Raven yes birch")
+    walked, other = "Falcon yes Otter blue object? Otter yes maple", "Falcon no Raven large object? Raven yes birch"
+    wrong = trace.replace(walked, other)
     assert check_trace(wrong, "birch", tree) == 0.0
     half = trace.replace("Otter yes maple", "Otter no cedar")
     assert check_trace(half, "cedar", tree) == 0.25
