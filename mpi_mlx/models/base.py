@@ -163,6 +163,11 @@ class Model:
         """An assistant turn as int32 (T,), its end-of-turn token included."""
         return self._chat.token_ids(text + self._chat.end_of_turn)
 
+    @property
+    def texts(self) -> ByteLRU:
+        """Ids of the pieces of text that were tokenized last; its ``limit_bytes`` may be changed."""
+        return self._chat.known
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; special tokens are left out, reasoning tags are kept."""
         kept = [int(i) for i in ids if int(i) not in self._hidden_ids]

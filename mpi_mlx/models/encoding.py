@@ -86,7 +86,7 @@ class ChatEncoder:
         self.name = name
         self.image_token = image_token
         self.list_content = list_content
-        self._known: ByteLRU[np.ndarray] = ByteLRU(64 << 20)
+        self.known: ByteLRU[np.ndarray] = ByteLRU(64 << 20)
         self.end_of_turn = self._find_end_of_turn()
 
     def segments(
@@ -189,11 +189,11 @@ class ChatEncoder:
 
     def token_ids(self, text: str) -> np.ndarray:
         """A piece of text as int32 (T,), read-only; the pieces last used are remembered."""
-        ids = self._known.get(text)
+        ids = self.known.get(text)
         if ids is None:
             ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
             ids.flags.writeable = False
-            self._known.put(text, ids, ids.nbytes + 4 * len(text) + 256)
+            self.known.put(text, ids, ids.nbytes + 4 * len(text) + 256)
         return ids
 
     def _find_end_of_turn(self) -> str:

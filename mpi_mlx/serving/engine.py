@@ -25,6 +25,8 @@ from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.target import context_length
 from mpi_mlx.serving.variants import Variants
 
+TEXTS = 2 << 20  # bytes of remembered tokens: a server seldom sees a text twice, but in the prefix cache
+
 
 class Engine:
     """Runs jobs until closed.
@@ -114,6 +116,7 @@ class Engine:
         """Loads the model for :meth:`work`, to be called in the same thread."""
         self.model = self._load()
         self._variants = Variants(self.model, self._folders)
+        self.model.texts.limit_bytes = TEXTS
         self._draw = decoding.Draw(self.model)
         self._widest = max(map(len, self.model.tokenizer.get_vocab()))
         return self
@@ -278,6 +281,8 @@ class Engine:
         """Keeps a finished row's keys and values: the next turn of a conversation begins with them."""
         row = self._rows[index]
         caches = [cache.extract(index) for cache in self._caches]
+        # unevaluated, the row would keep the whole batch's arrays in memory
+        mx.eval([cache.keys for cache in caches], [cache.values for cache in caches])
         codes = np.concatenate([row.codes, np.array(row.ids[:-1], np.int64)])
         self.prefixes.put(row.job.variant, codes, caches)
 

@@ -116,3 +116,22 @@ def test_closing_finishes_what_was_asked(tiny_folder):
     assert all(emit.events[-1][0] == "end" for emit in found)
     with pytest.raises(Busy, match="stopping"):
         engine.submit(job("yes", Collected()))
+
+
+def test_kept_prefixes_take_what_they_say(tiny_folder):
+    """A row taken out of the batch must not keep the whole batch's arrays alive."""
+    import mlx.core as mx
+
+    from mpi_mlx.models import load_model
+
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}, max_rows=32).start()
+    before = mx.get_active_memory()
+    found = [Collected() for _ in range(32)]
+    for index, emit in enumerate(found):
+        engine.submit(job(f"{index} yes", emit, max_tokens=2 + index))
+    assert all(emit.over.wait(60) for emit in found)
+    engine.close()
+    grown = mx.get_active_memory() - before
+    assert len(engine.prefixes) == 32 and grown < 1.3 * engine.prefixes.used_bytes + (1 << 20), (
+        grown, engine.prefixes.used_bytes,
+    )  # fmt: skip
