@@ -12,12 +12,15 @@ import yaml
 
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.adapters import Adapter
+from mpi_mlx.convert.checks import fits
 from mpi_mlx.convert.configs import canonical_config, check_supported, mlx_config
 from mpi_mlx.convert.configs import read_json as read_config
-from mpi_mlx.convert.folders import find_source
+from mpi_mlx.convert.folders import check_disk, find_source
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import open_checkpoint
-from mpi_mlx.errors import ConversionError, MPIError
+from mpi_mlx.convert.torch_side import torch_is_here
+from mpi_mlx.convert.weights import float32_bytes, read_layout, write_folder, written_bytes
+from mpi_mlx.errors import ConversionError, DeviceError, MPIError
 
 
 def run_of(folder: Path) -> Path | None:
@@ -94,27 +97,44 @@ def base_of(folder: Path, adapter: Adapter) -> Path | None:
 
 
 @contextmanager
-def mlx_view(folder: Path, report: ConversionReport) -> Iterator[Path | None]:
-    """A folder with the same weights that MLX loads right: the folder itself if it was converted, else a
-    temporary one with MLX's config and links to the files. Nothing where the tensors need renaming."""
+def view(folder: Path, library: str, report: ConversionReport, beside: Path) -> Iterator[Path | None]:
+    """A folder of the same weights that ``library`` ("mlx" or "torch") loads right.
+
+    The folder itself where it is in that layout; else a temporary one: links to the files and a config for
+    MLX, or, where tensors need another name or order, a conversion in ``beside``. None where memory or disk
+    cannot hold that, or torch is not installed.
+    """
     raw = read_config(folder / "config.json")
     checkpoint = open_checkpoint(folder)
-    if "mlx_keys" in raw or "quantization" in raw or checkpoint.format == "mlx":
-        yield folder
-        return
-    config = canonical_config(folder)
-    family = check_supported(config)
-    named = all(fam.disk_name(family, n) == n for n in checkpoint.tensors)
-    needs_head = config["tie_word_embeddings"] and family.tied_head
-    if not named or needs_head:
-        report.notes.append(
-            "no check in mlx: convert the base with `mpi-mlx convert to-mlx` and give that as --base"
-        )
+    saved_by_mlx = "quantization" in raw or checkpoint.format == "mlx"
+    if library == "torch" and not torch_is_here():
         yield None
         return
-    with tempfile.TemporaryDirectory() as name:
-        view = Path(name)
-        (view / "config.json").write_text(json.dumps(mlx_config(config)))
+    if "mlx_keys" in raw and not saved_by_mlx or saved_by_mlx == (library == "mlx"):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".view-") as name:
+        made = Path(name)
+        config = canonical_config(folder)
+        family = check_supported(config)
+        named = all(fam.disk_name(family, n) == n for n in checkpoint.tensors)
+        if saved_by_mlx or not named or config["tie_word_embeddings"] and family.tied_head:
+            yield _converted(folder, made, report)
+            return
+        (made / "config.json").write_text(json.dumps(mlx_config(config)))
         for path in folder.glob("*.safetensors*"):
-            (view / path.name).symlink_to(path.resolve())
-        yield view
+            (made / path.name).symlink_to(path.resolve())
+        yield made
+
+
+def _converted(folder: Path, made: Path, report: ConversionReport) -> Path | None:
+    _, layout = read_layout(folder)
+    if not fits(float32_bytes(layout)):
+        return None  # there will be no check
+    try:
+        check_disk(made, written_bytes(layout))
+    except DeviceError:
+        report.notes.append(f"the disk cannot hold {folder} in the other side's layout, so that side is not run")
+        return None
+    write_folder(layout, folder, made, made, dtype=None)
+    return made

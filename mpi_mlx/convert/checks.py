@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,12 +62,30 @@ def memory_bytes() -> int:
         return 0
 
 
-def _mlx_side(folder: Path, config: dict, probes, adapter: Path | None):
+def fits(nbytes: int) -> bool:
+    """Whether a check of a model of so many bytes in float32 leaves memory to spare."""
+    return not memory_bytes() or nbytes <= 0.6 * memory_bytes()
+
+
+class Side(NamedTuple):
+    """What gives logits: ``library`` ("mlx" or "torch") on ``folder``, with ``adapter`` on it.
+
+    ``made``: the conversion made this folder, so it must load without a key missing or left over.
+    """
+
+    label: str
+    library: str
+    folder: Path
+    adapter: Path | None = None
+    made: bool = False
+
+
+def _mlx_logits(side: Side, config: dict, probes):
     import mlx.core as mx
 
     from mpi_mlx.models import probe
 
-    net = probe.load_net(folder, adapter=adapter)
+    net = probe.load_net(side.folder, adapter=side.adapter)
     probe.to_float32(net)
     out = probe.mlx_logits(net, config, probes)
     del net
@@ -75,60 +94,56 @@ def _mlx_side(folder: Path, config: dict, probes, adapter: Path | None):
     return out
 
 
-def _torch_side(folder: Path, config: dict, probes, adapter: Path | None):
+def _torch_logits(side: Side, config: dict, probes, report: ConversionReport):
+    """Logits, or None (and a note) for a source that transformers cannot load as it lies."""
     from mpi_mlx.convert import torch_side
 
-    model, info = torch_side.load_torch(folder)
-    if adapter is not None:
+    model, info = torch_side.load_torch(side.folder)
+    wrong = {
+        k: sorted(map(str, info[k]))[:3]
+        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(k)
+    }
+    if wrong and side.made:
+        raise ConversionError(f"{side.label}: transformers reports {wrong}; nothing was written")
+    if "missing_keys" in wrong or "mismatched_keys" in wrong:
+        report.notes.append(f"{side.label} cannot run: it reports {wrong}")
+        return None
+    if side.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    wrong = {
-        k: sorted(map(str, v))[:3]
-        for k, v in info.items()
-        if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    return torch_side.torch_logits(model, config, probes), wrong
+        with torch_side.silence():
+            model = PeftModel.from_pretrained(model, side.adapter).eval()
+    return torch_side.torch_logits(model, config, probes)
 
 
-def check_logits(
-    report: ConversionReport,
-    config: dict,
-    sides: list[tuple[str, str, Path, Path | None]],
-    nbytes: int,
-) -> None:
+def check_logits(report: ConversionReport, config: dict, sides: list[Side], nbytes: int) -> None:
     """Run the probes on each side and report the error of every side against the first that ran.
 
-    ``sides``: (label, "mlx" or "torch", model folder, adapter folder or None); torch sides are skipped where
-    torch is not installed. ``nbytes``: size of the model in float32, to leave out what memory cannot hold.
+    Torch sides are skipped where torch is not installed. ``nbytes``: size of the model in float32, to leave
+    out what memory cannot hold. Raises ConversionError for logits that are not finite, and for a result that
+    transformers does not load whole.
     """
     from mpi_mlx.convert import torch_side
     from mpi_mlx.models import probe
 
-    if memory_bytes() and nbytes > 0.6 * memory_bytes():
-        report.notes.append(
-            f"no check on probe inputs: {nbytes / 1e9:.0f} GB in float32 do not fit in memory"
-        )
+    if not fits(nbytes):
+        report.notes.append(f"no check on probe inputs: {nbytes / 1e9:.0f} GB in float32 do not fit in memory")
         return
     probes = probe.probe_inputs(config)
     ran = []
-    for label, kind, folder, adapter in sides:
-        if kind == "torch" and not torch_side.torch_is_here():
-            continue
-        if kind == "torch":
-            logits, wrong = _torch_side(folder, config, probes, adapter)
-            if wrong:
-                report.notes.append(f"transformers reports {wrong} for {label}")
-        else:
-            logits = _mlx_side(folder, config, probes, adapter)
-        ran.append((label, logits))
+    for side in sides:
+        if side.library == "mlx":
+            ran.append((side.label, _mlx_logits(side, config, probes)))
+        elif torch_side.torch_is_here():
+            logits = _torch_logits(side, config, probes, report)
+            ran += [] if logits is None else [(side.label, logits)]
     for label, logits in ran:
         if not all(np.isfinite(part).all() for part in logits):
             raise ConversionError(f"{label}: the logits on probe inputs are not finite; nothing was written")
     if len(ran) < 2:
-        report.notes.append(
-            "no check on probe inputs: source and result cannot both run here (torch is not installed)"
-        )
+        why = "" if torch_side.torch_is_here() else " (torch is not installed)"
+        report.notes.append(f"no check on probe inputs: source and result cannot both run here{why}")
         return
     first, reference = ran[0]
     for label, logits in ran[1:]:

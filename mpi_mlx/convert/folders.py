@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -125,8 +126,8 @@ def staged(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path
     if final.exists() and (not final.is_dir() or any(final.iterdir())) and not overwrite:
         raise ConversionError(f"{final} exists: choose another DST or pass --overwrite")
     final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
     work = final.parent / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
         yield work
@@ -138,6 +139,24 @@ def staged(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Delete what conversions into the same place left behind when they were killed."""
+    for path in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sync(folder: Path) -> None:

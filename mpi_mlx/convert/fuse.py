@@ -10,8 +10,9 @@ import numpy as np
 from mpi_mlx.convert import checks
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.adapters import Adapter, LowRank, check_fit, find_adapter, read_mlx_adapter
-from mpi_mlx.convert.bases import document_of, mlx_view, run_recipe, stages_of
+from mpi_mlx.convert.bases import document_of, run_recipe, stages_of, view
 from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Entry, Layout, head_and_embedding, untie
 from mpi_mlx.convert.report import ConversionReport
@@ -54,14 +55,14 @@ def fuse(
         report.action = action
         report.notes += notes
         if check:
-            with mlx_view(base_folder, report) as runnable:
-                sides = [("base and adapter", "mlx", runnable, folder)] if runnable else []
-                sides.append(("the fused folder", "mlx", work, None))
+            with view(base_folder, "mlx", report, work) as in_mlx:
+                sides = [Side("base and adapter", "mlx", in_mlx, folder)] if in_mlx else []
+                sides.append(Side("the fused folder", "mlx", work))
                 if action == "to-hf":
-                    sides.append(("transformers on the fused folder", "torch", work, None))
+                    sides.append(Side("transformers on the fused folder", "torch", work, made=True))
                 checks.check_logits(report, layout.config, sides, float32_bytes(layout))
         if quantize:
-            quantize_in_place(work, quantize, report, check, layout)
+            quantize_in_place(work, quantize, report, check, layout, shard_bytes)
         recipe = run_recipe(folder)
         write_card(
             work,

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpi_mlx.convert import checks
 from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.configs import canonical_config, check_supported, mlx_config
 from mpi_mlx.convert.families import family_of
 from mpi_mlx.convert.folders import check_disk, staged
@@ -217,7 +218,7 @@ def from_gguf(
         if not (work / "chat_template.jinja").exists():
             report.notes.append("the GGUF has no chat template: the folder has none either")
         if check:
-            sides = [("mlx", "mlx", work, None), ("transformers", "torch", work, None)]
+            sides = [Side("mlx", "mlx", work), Side("transformers", "torch", work, made=True)]
             checks.check_logits(report, canonical, sides, 2 * report.nbytes)
         name = gguf.metadata.get("general.name", path.stem)
         write_card(

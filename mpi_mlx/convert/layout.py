@@ -98,6 +98,8 @@ class Layout:
     entries: dict[str, Entry]
     tied: bool
     notes: list[str] = field(default_factory=list)
+    # mlx saved the checkpoint, so transformers cannot load it as it lies
+    from_mlx: bool = False
 
 
 def _quantization(config: dict) -> dict | None:
@@ -201,7 +203,10 @@ def lay_out(
         else:
             entry = Entry.of(tensor, disk)
         entries[disk] = _as_disk(family, entry, sources) if tree else entry
-    layout = Layout(family, copy.deepcopy(config), entries, bool(config["tie_word_embeddings"]))
+    saved_by_mlx = tree or spec is not None or checkpoint.format == "mlx"
+    layout = Layout(
+        family, copy.deepcopy(config), entries, bool(config["tie_word_embeddings"]), from_mlx=saved_by_mlx
+    )
     stated = any("tie_word_embeddings" in c for c in (raw_config, raw_config.get("text_config") or {}))
     _settle_head(layout, stated)
     return layout

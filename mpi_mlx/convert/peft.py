@@ -15,8 +15,9 @@ from mpi_mlx.convert.adapters import (
     read_mlx_adapter,
     write_mlx_adapter,
 )
-from mpi_mlx.convert.bases import base_of, mlx_view
+from mpi_mlx.convert.bases import base_of, view
 from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Layout, head_and_embedding, same_values, untie
 from mpi_mlx.convert.peft_files import read_peft_adapter, write_peft_adapter
@@ -71,10 +72,9 @@ def from_peft(
         report.nbytes = sum(p.stat().st_size for p in work.glob("*.safetensors"))
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
         if check:
-            with mlx_view(model, report) as runnable:
-                sides = [("peft on the source", "torch", base_folder, folder)]
-                if runnable:
-                    sides.append(("mlx on the result", "mlx", runnable, work))
+            with view(base_folder, "torch", report, work) as in_torch, view(model, "mlx", report, work) as in_mlx:
+                sides = [Side("peft on the source", "torch", in_torch, folder)] if in_torch else []
+                sides += [Side("mlx on the result", "mlx", in_mlx, work)] if in_mlx else []
                 checks.check_logits(report, layout.config, sides, float32_bytes(layout))
     return report
 
@@ -147,9 +147,10 @@ def to_peft(
             )
         if check:
             # the source runs on its own base, which has the modules that become modules_to_save
-            with mlx_view(base_folder if quantized or not trained_on else trained_on, report) as runnable:
-                sides = [("mlx on the source", "mlx", runnable, folder)] if runnable else []
-                sides.append(("peft on the result", "torch", base_folder, work))
+            own = base_folder if quantized or not trained_on else trained_on
+            with view(own, "mlx", report, work) as in_mlx, view(base_folder, "torch", report, work) as in_torch:
+                sides = [Side("mlx on the source", "mlx", in_mlx, folder)] if in_mlx else []
+                sides += [Side("peft on the result", "torch", in_torch, work)] if in_torch else []
                 checks.check_logits(report, layout.config, sides, float32_bytes(layout))
     return report
 

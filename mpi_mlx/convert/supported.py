@@ -123,6 +123,11 @@ def check_supported(config: dict, *, for_mlx: bool = True) -> Family:
         value = _at(config, path)
         if path == "tie_word_embeddings" and not for_mlx:
             continue
+        if path == "tie_word_embeddings" and value not in allowed:
+            raise ConversionError(
+                f"{family.name} with tie_word_embeddings = False: mlx-vlm puts the embedding in the head's place, "
+                "so logits would be wrong"
+            )
         if value not in allowed:
             can = " or ".join(repr(v) for v in sorted(allowed, key=repr) if v is not None)
             raise ConversionError(

@@ -91,10 +91,11 @@ def measure(kinds: list[str] | None = None) -> Iterator[Row]:
     torch.set_num_threads(1)
     for kind in kinds or KINDS:
         row = Row(kind, family_of({"model_type": kind.split("-")[0].replace("paligemma2", "paligemma")}), "tied")
-        _measure(row, True)
-        if kind not in TIED_ONLY:
-            row.heads = "tied, untied"
-            _measure(row, False)
+        with torch_side.silence():
+            _measure(row, True)
+            if kind not in TIED_ONLY:
+                row.heads = "tied, untied"
+                _measure(row, False)
         yield row
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from mpi_mlx.convert.configs import quiet_transformers
 from mpi_mlx.models.probe import MROPE, Probe, image_id, read_config
 
 
@@ -34,7 +37,7 @@ def torch_logits(model, config: dict, probes: Iterable[Probe]) -> list[np.ndarra
     """Logits float32 (T, V) of each probe from a transformers (or peft) model on its device."""
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), silence():
         return [model(**torch_inputs(config, p)).logits[0].float().numpy() for p in probes]
 
 
@@ -44,7 +47,24 @@ def load_torch(folder: str | Path, *, dtype: str = "float32"):
 
     config = read_config(folder)
     cls = getattr(transformers, config["architectures"][0])
-    model, info = cls.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
-    )
+    with silence():
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        )
     return model.eval(), info
+
+
+@contextmanager
+def silence():
+    """transformers' progress bars, and its warnings about the keys that are there for MLX."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()

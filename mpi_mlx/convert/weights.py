@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from mpi_mlx.convert import checks
 from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.configs import canonical_config, check_supported, mlx_config, read_json
 from mpi_mlx.convert.families import family_of
 from mpi_mlx.convert.folders import check_disk, copy_companions, find_source, refuse_other_formats, staged
 from mpi_mlx.convert.layout import Layout, lay_out, outputs_of, set_dtype
 from mpi_mlx.convert.report import ConversionReport
-from mpi_mlx.convert.shards import SHARD_BYTES, Checkpoint, open_checkpoint, write_checkpoint
+from mpi_mlx.convert.shards import SHARD_BYTES, Checkpoint, Output, open_checkpoint, write_checkpoint
 from mpi_mlx.errors import ConversionError
 
 
@@ -106,15 +108,16 @@ def to_mlx(
         report = write_folder(layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes)
         report.action = "to-mlx"
         if check:
-            sides = [
-                ("transformers on the source", "torch", folder, None),
-                ("mlx on the result", "mlx", work, None),
-            ]
+            sides = [_source_side(folder, mlx=layout.from_mlx), Side("mlx on the result", "mlx", work)]
             checks.check_logits(report, layout.config, sides, float32_bytes(layout))
         if quantize:
-            quantize_in_place(work, quantize, report, check, layout)
+            quantize_in_place(work, quantize, report, check, layout, shard_bytes)
         write_card(work, source=str(source), action="to-mlx", quantize=quantize, license_from=folder)
     return report
+
+
+def _source_side(folder: Path, *, mlx: bool) -> Side:
+    return Side("mlx on the source", "mlx", folder) if mlx else Side("transformers on the source", "torch", folder)
 
 
 def loads_in_mlx(layout: Layout) -> bool:
@@ -142,16 +145,38 @@ def _product(shape: tuple[int, ...]) -> int:
     return out
 
 
-def quantize_in_place(work: Path, bits: int, report: ConversionReport, check: bool, layout: Layout) -> None:
+def _evaluated(tensors: dict, name: str) -> Output:
+    """A tensor of mlx that is computed when its turn comes, and then forgotten."""
+    codes = {"uint32": "U32", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+    def make() -> Iterator[memoryview]:
+        import mlx.core as mx
+        import numpy as np
+
+        array = tensors.pop(name)
+        array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        mx.eval(array)
+        yield memoryview(np.ascontiguousarray(np.array(array, copy=False))).cast("B")
+        del array
+        mx.clear_cache()
+
+    return Output(name, codes[str(tensors[name].dtype).rpartition(".")[2]], tuple(tensors[name].shape), make)
+
+
+def quantize_in_place(
+    work: Path, bits: int, report: ConversionReport, check: bool, layout: Layout, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Replace the float weights of ``work`` by quantized ones, and report what that costs."""
-    from mpi_mlx.models.probe import quantize_folder
+    from mpi_mlx.models.probe import quantized_lazily
 
     out = work / ".quantized"
-    config = quantize_folder(work, out, bits)
+    out.mkdir()
+    config, tensors = quantized_lazily(work, bits)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_checkpoint(out, [_evaluated(tensors, name) for name in list(tensors)], format="mlx", limit=shard_bytes)
     if check:
         loss = ConversionReport("", work, report.family)
-        sides = [("the float result", "mlx", work, None), (f"{bits} bits", "mlx", out, None)]
+        sides = [Side("the float result", "mlx", work), Side(f"{bits} bits", "mlx", out)]
         checks.check_logits(loss, layout.config, sides, float32_bytes(layout))
         if loss.errors:
             report.notes.append(f"loss of quantizing to {bits} bits, as logits error: {loss.worst:.1e}")
@@ -212,10 +237,11 @@ def to_hf(
                 f"mlx-vlm cannot load the result back: it only knows tied {layout.family.name} heads"
             )
         if check:
-            sides = [("mlx on the source", "mlx", folder, None)]
+            converted = "mlx_keys" in read_json(folder / "config.json")
+            sides = [_source_side(folder, mlx=layout.from_mlx or converted)]
             if in_mlx:
-                sides.append(("mlx on the result", "mlx", work, None))
-            sides.append(("transformers on the result", "torch", work, None))
+                sides.append(Side("mlx on the result", "mlx", work))
+            sides.append(Side("transformers on the result", "torch", work, made=True))
             checks.check_logits(report, layout.config, sides, float32_bytes(layout))
         write_card(work, source=str(source), action="to-hf", license_from=folder)
     return report

@@ -264,24 +264,25 @@ def to_float32(net) -> None:
     )
 
 
-def quantize_folder(folder: str | Path, destination: str | Path, bits: int, group_size: int = 64) -> dict:
-    """Write the folder's weights quantized by mlx-vlm (mlx-lm); vision towers and projectors stay float.
+def quantized_lazily(folder: str | Path, bits: int, group_size: int = 64) -> tuple[dict, dict]:
+    """The config of a folder quantized by mlx-vlm (mlx-lm), and its tensors by name, none computed yet.
 
-    Returns the config to write beside them.
+    Vision towers and projectors stay float. A tensor takes memory when it is evaluated, and for as long as
+    somebody keeps it.
     """
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     config = read_config(folder)
     with mx.stream(mx.cpu):
         net = load_net(folder, lazy=True)
         if config["model_type"] in TEXT_ONLY:
-            from mlx_lm.utils import quantize_model, save_model
+            from mlx_lm.utils import quantize_model
 
             net, config = quantize_model(net, config, group_size, bits)
-            save_model(destination, net, donate_model=True)
         else:
             from mlx_vlm.quant_utils import quantize_model
-            from mlx_vlm.utils import save_weights, skip_multimodal_module
+            from mlx_vlm.utils import skip_multimodal_module
 
             net, config = quantize_model(
                 net,
@@ -290,5 +291,4 @@ def quantize_folder(folder: str | Path, destination: str | Path, bits: int, grou
                 bits,
                 quant_predicate=lambda path, _: not skip_multimodal_module(path),
             )
-            save_weights(Path(destination), net, donate_weights=True)
-    return config
+        return config, dict(tree_flatten(net.parameters()))

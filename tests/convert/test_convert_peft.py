@@ -260,3 +260,43 @@ def test_mlx_saved_modules_go_to_peft(bases, tmp_path):
     to_peft(tmp_path / "adapter", tmp_path / "back", base=hf, check=False)
     again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
     assert worst(torch_logits(hf, again), mlx_logits(mlx, tmp_path / "adapter")) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["saved by mlx", "saved by mlx, quantized", "tied smolvlm of transformers"])
+def test_the_check_runs_whatever_the_layout_of_the_base(bases, tmp_path, layout):
+    """Each library is given the base's weights in a layout that it loads right."""
+    family = "smolvlm" if "smolvlm" in layout else "qwen2_5_vl"
+    hf, mlx = bases(family, True)
+    base = hf
+    if "quantized" in layout:
+        base = tmp_path / "base"
+        to_mlx(hf, base, quantize=8, check=False)
+        to_hf(base, tmp_path / "float", check=False)
+        hf = tmp_path / "float"  # what the quantized weights stand for
+    elif family == "qwen2_5_vl":
+        base, _ = hf_models.as_mlx_saves(mlx, tmp_path / "base")
+    model = adapt(hf, tmp_path / "peft", target_modules=["q_proj"])
+    report = from_peft(tmp_path / "peft", tmp_path / "adapter", base=base)
+    assert len(report.errors) == 4 and report.worst < 1e-5
+    back = to_peft(tmp_path / "adapter", tmp_path / "back", base=base)
+    assert len(back.errors) == 4 and back.worst < 1e-5
+    assert fuse(tmp_path / "adapter", tmp_path / "fused").worst < 1e-5
+    assert not [p for p in tmp_path.rglob(".*") if p.is_dir()]
+    again = peft.PeftModel.from_pretrained(torch_side.load_torch(hf)[0], tmp_path / "back").eval()
+    assert worst(torch_logits(hf, again), torch_logits(hf, model)) < 1e-6
+
+
+def test_a_folder_that_mlx_saved_is_checked_in_mlx(bases, tmp_path):
+    _, mlx = bases("qwen2_5_vl", True)
+    saved, _ = hf_models.as_mlx_saves(mlx, tmp_path / "saved", noise=0.05)
+    report = to_mlx(saved, tmp_path / "mlx")
+    assert len(report.errors) == 4 and report.worst == 0.0 and all("mlx on the source" in k for k in report.errors)
+
+
+def test_a_result_that_transformers_does_not_load_whole_is_not_written(bases, tmp_path, monkeypatch):
+    _, mlx = bases("llama")
+    load = torch_side.load_torch
+    monkeypatch.setattr(torch_side, "load_torch", lambda f: (load(f)[0], {"missing_keys": {"model.norm.weight"}}))
+    with pytest.raises(ConversionError, match="transformers on the result: .*model.norm.weight.*nothing was written"):
+        to_hf(mlx, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())

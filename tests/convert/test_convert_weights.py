@@ -1,6 +1,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -288,6 +290,17 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path):
+    write_config(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".mlx.{pid}.partial").mkdir()
+    to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
+    hidden = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert hidden == [f".mlx.{os.getppid()}.partial"]  # that process still runs: the folder may be its own
 
 
 def test_converting_twice_changes_nothing(tmp_path):
