@@ -2,21 +2,24 @@
 
 MLX's CPU back end has vector code for Apple's processors only: elsewhere one exp takes about 10 ns, where an
 addition takes 0.1, and in a small model most of a training step is spent there. Here exp is range reduction
-and a polynomial in plain additions and products, which the compiler turns into vector code: 1.5 to 2 ns, and
-as exact as `mx.exp`. On Apple's devices, on GPUs and in other types than float32 these functions are MLX's
-own. All are differentiable.
+and a polynomial in plain additions and products, which the compiler turns into vector code: 0.7 ns, and
+within 4e-7 of the true value. On Apple's devices, on GPUs and in other types than float32 these functions are
+MLX's own. All are differentiable.
 """
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import mlx.core as mx
 
 _LOG2E = 1.4426950408889634
-_ROUND = 12582912.0  # 1.5 x 2^23: adding it rounds to an integer, which stands in the low bits
-# 2^f for |f| <= 1/2, highest power first (minimax of degree 6, Cephes' exp2f)
-_POLYNOMIAL = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
-               2.402264791363012e-1, 6.931472028550421e-1, 1.0)  # fmt: skip
+# 2^(f + 1) for -1 < f <= 0, highest power first: of all polynomials of degree 5 that are exact at 0 the one
+# with the least relative error, 8.4e-8
+_POLYNOMIAL = (1.8898073936158791e-3, 1.841159655607516e-2, 0.11059471668084461, 0.4803602858345223,
+               1.38628744230595, 2.0)  # fmt: skip
+_MANTISSA = 2.0**23
+_SMALL = 16384  # numbers for which a kernel of their own does not pay
 
 
 def is_slow(x: mx.array) -> bool:
@@ -24,27 +27,35 @@ def is_slow(x: mx.array) -> bool:
     return sys.platform == "linux" and x.dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu
 
 
-@partial(mx.compile, shapeless=True)
-def _reduce(x):
-    """x as n and 2^f with exp(x) = 2^n 2^f: n in the low bits of the first, the second a polynomial."""
-    scaled = mx.minimum(mx.maximum(x * _LOG2E, -126.0), 126.0)
-    rounded = scaled + _ROUND
-    rest = scaled - (rounded - _ROUND)
-    power = rest * _POLYNOMIAL[0] + _POLYNOMIAL[1]
-    for coefficient in _POLYNOMIAL[2:]:
-        power = power * rest + coefficient
-    return rounded, power
+def _exp_bits(x: mx.array) -> mx.array:
+    """The bits (int32) of exp(x) for x <= 0: whole powers of two make the exponent, a polynomial the rest.
+
+    MLX fuses chains of at most eleven operations into one pass, and this is one of eleven.
+    """
+    a, b, c, d, e, f = (k * _MANTISSA for k in _POLYNOMIAL)
+    power = x * _LOG2E
+    whole = power.astype(mx.int32)  # towards zero
+    rest = power - whole.astype(mx.float32)
+    square = rest * rest
+    mantissa = (rest * a + b) * (square * square) + (rest * c + d) * square + (rest * e + f)
+    exponent = mx.left_shift(mx.maximum(whole, -125) + 125, 23)  # the mantissa brings two more
+    return exponent + mantissa.astype(mx.int32)
 
 
-@partial(mx.compile, shapeless=True)
-def _scale(rounded, power):
-    return power + mx.left_shift(rounded, mx.array(23, mx.int32))
+_exp_bits_of_any_size = mx.compile(_exp_bits, shapeless=True)
+
+
+@lru_cache(maxsize=512)
+def _exp_bits_of_size(size: int) -> Callable:
+    """Compiled for one size, or operations that broadcast would count among the eleven: twice as fast."""
+    return mx.compile(_exp_bits)
 
 
 def _exp(x: mx.array) -> mx.array:
-    """exp of float32 between 2^-126 and 2^126, without a gradient."""
-    rounded, power = _reduce(x)
-    return _scale(rounded.view(mx.int32), power.view(mx.int32)).view(mx.float32)
+    """exp of float32 numbers that are not positive, without a gradient."""
+    if x.size < _SMALL:
+        return _exp_bits_of_any_size(x).view(mx.float32)
+    return _exp_bits_of_size(x.size)(x.reshape(-1)).view(mx.float32).reshape(x.shape)
 
 
 @mx.custom_function
@@ -58,7 +69,10 @@ def _(primals, cotangent, output):
 
 
 def exp(x: mx.array) -> mx.array:
-    """exp(x). On Linux CPUs results are clamped to [2^-126, 2^126] instead of 0 and infinity."""
+    """exp(x) of numbers that are not positive (by more than rounding).
+
+    On Linux CPUs nothing smaller than 2^-126 comes out, but 0 of what is far below.
+    """
     return _exp_slow(x) if is_slow(x) else mx.exp(x)
 
 
@@ -97,8 +111,14 @@ def logsumexp(x: mx.array) -> mx.array:
 
 
 @partial(mx.compile, shapeless=True)
+def _minus_size(x):
+    return -mx.abs(x)
+
+
+@partial(mx.compile, shapeless=True)
 def _gate(powers, gate, x):
-    sigmoid = 1.0 / (1.0 + powers)
+    """gate sigmoid(gate) x and the sigmoid, from exp(-|gate|): the exponential of either sign is below 1."""
+    sigmoid = mx.where(gate < 0, powers, 1.0) / (1.0 + powers)
     return gate * sigmoid * x, sigmoid
 
 
@@ -110,7 +130,7 @@ def _gate_gradients(cotangent, sigmoid, gate, x):
 
 @mx.custom_function
 def _swiglu_slow(gate, x):
-    return _gate(_exp(-gate), gate, x)
+    return _gate(_exp(_minus_size(gate)), gate, x)
 
 
 @_swiglu_slow.vjp

@@ -29,21 +29,29 @@ def compare(ours, plain, *arguments):
         assert float(mx.abs(x - y).max()) < 3e-6 * float(mx.abs(y).max())
 
 
-def test_exp_is_exp_over_the_whole_range(slow):
-    x = np.linspace(-87, 87, 20001).astype(np.float32)
+@pytest.mark.parametrize("size", [501, 40001])  # one kernel for all small sizes, one for each large one
+def test_exp_is_exp_over_the_whole_range(slow, size):
+    x = np.linspace(-87, 0, size).astype(np.float32)
     relative = np.array(elementwise.exp(mx.array(x))) / np.exp(x.astype(np.float64)) - 1
     assert np.abs(relative).max() < 1e-5  # x log2(e) itself rounds to 2^-24 of up to 126
     near = np.abs(x) < 5
-    assert np.abs(relative[near]).max() < 1e-6
+    assert np.abs(relative[near]).max() < 1e-6 and np.abs(relative[near]).mean() < 2e-7
 
 
 def test_exp_of_masked_scores_is_nothing(slow):
-    assert float(elementwise.exp(mx.array([-1e9]))[0]) < 1e-37
+    masked = np.array(elementwise.exp(mx.array([-1e9, -2e9, -3e38, -200.0, -90.0])))
+    assert (np.abs(masked) < 1e-37).all()
     assert elementwise.exp(mx.array([0.0])).item() == 1.0
 
 
+def test_exp_a_rounding_above_zero(slow):
+    """A logit less the log-sum-exp of a row that it dominates."""
+    assert elementwise.exp(mx.array([1e-6])).item() == pytest.approx(1.0, abs=3e-6)
+
+
 def test_exp(slow):
-    compare(elementwise.exp, mx.exp, numbers(7, 5))
+    compare(elementwise.exp, mx.exp, -mx.abs(numbers(7, 5)))
+    compare(elementwise.exp, mx.exp, -mx.abs(numbers(70, 5, 60))[:, ::2])
 
 
 def test_softmax(slow):
@@ -58,6 +66,10 @@ def test_logsumexp(slow):
 def test_swiglu(monkeypatch):
     monkeypatch.setattr(elementwise, "is_slow", lambda x: True)
     compare(elementwise.swiglu, lambda g, x: nn.silu(g) * x, numbers(6, 9) * 5, numbers(6, 9) + 1)
+    gate = mx.array([-300.0, -90.0, 0.0, 90.0, 300.0])
+    np.testing.assert_allclose(
+        np.array(elementwise.swiglu(gate, mx.ones(5))), [0, 0, 0, 90, 300], rtol=1e-6, atol=1e-30
+    )
 
 
 def test_other_types_are_left_to_mlx():
