@@ -9,6 +9,7 @@ keys and values, T queries, L keys, D head size.
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,13 +33,14 @@ def attention_over_parts(
     biases: Sequence[mx.array | None],
     scale: float,
     keep: bool | None = None,
+    gradient: bool = True,
 ) -> mx.array:
     """Attention (B, Hq, T, D) of `queries` over the keys of all `parts` together, differentiable.
 
     A part is keys and values (S, H, L, D) with S a divisor of B, used by B / S consecutive rows each.
     `biases` are added to the scores; they broadcast to (S or B, 1, T, L), None adds nothing. `keep` the
     exponentials for the backward pass, or compute them again there; None decides by size. Where they are not
-    kept, memory does not grow with T x L.
+    kept, memory does not grow with T x L. `gradient` False spares what only a backward pass needs.
     """
     rows, heads, length, size = queries.shape
     score_bytes = 4 * rows * heads * length * sum(keys.shape[2] for keys, _ in parts)
@@ -47,9 +49,10 @@ def attention_over_parts(
     if score_bytes > _BLOCK_BYTES and length > 1:
         step = max(1, length * _BLOCK_BYTES // score_bytes)
         blocks = [slice(start, start + step) for start in range(0, length, step)]
+        options = dict(keep=keep, gradient=gradient)
         return mx.concatenate(
             [
-                attention_over_parts(queries[:, :, b], parts, [_cut(bias, b) for bias in biases], scale, keep)
+                attention_over_parts(queries[:, :, b], parts, [_cut(bias, b) for bias in biases], scale, **options)
                 for b in blocks
             ],
             axis=2,
@@ -58,7 +61,10 @@ def attention_over_parts(
     # heads first: then a part's rows are neighbours, and every reshape below is free
     queries = (queries * scale).reshape(rows, groups, heads // groups * length, size).swapaxes(0, 1)
     flat = [x.swapaxes(0, 1) for part in parts for x in part]
-    output = _over_parts(tuple(biases), length, keep)(queries, *flat)[0]
+    if gradient:
+        output = _over_parts(tuple(biases), length, keep)(queries, *flat)[0]
+    else:
+        output = _attended(queries, flat[0::2], flat[1::2], biases, length).output
     output = output.reshape(groups, rows, heads // groups, length, -1).swapaxes(0, 1)
     return output.reshape(rows, heads, length, -1)
 
@@ -67,41 +73,57 @@ def _cut(bias: mx.array | None, block: slice) -> mx.array | None:
     return bias if bias is None or bias.shape[2] == 1 else bias[:, :, block]
 
 
+class _Attended(NamedTuple):
+    """Output (H, B, n, D), one over the sums of exponentials and the largest scores (H, B, n, 1), and the
+    exponentials (H, S, n B / S, L) of each part."""
+
+    output: mx.array
+    inverse: mx.array
+    largest: mx.array
+    powers: list[mx.array]
+
+
+def _scores(queries: mx.array, keys: mx.array, bias: mx.array | None, length: int) -> mx.array:
+    """Scores (H, S, n B / S, L) of queries (H, B, n, D) and keys (H, S, L, D)."""
+    groups, rows, count, _ = queries.shape
+    score = queries.reshape(groups, keys.shape[1], -1, queries.shape[-1]) @ keys.swapaxes(-1, -2)
+    score = score.astype(mx.float32)
+    if bias is None:
+        return score
+    if bias.shape[2] == 1 and bias.shape[0] in (1, keys.shape[1]):
+        return score + bias.squeeze(1)
+    if bias.shape[0] not in (1, rows):
+        bias = mx.repeat(bias, rows // bias.shape[0], axis=0)
+    return (score.reshape(groups, rows, count // length, length, -1) + bias).reshape(score.shape)
+
+
+def _attended(queries, keys, values, biases, length: int) -> _Attended:
+    """Softmax attention over all parts; shapes as in `_over_parts`."""
+    groups, rows, count, _ = queries.shape
+    found = [_scores(queries, k, b, length) for k, b in zip(keys, biases, strict=True)]
+    largest = None
+    for score in found:
+        top = score.max(axis=-1).reshape(groups, rows, count, 1)
+        largest = top if largest is None else mx.maximum(largest, top)
+    output, total, powers = None, None, []
+    for score, value in zip(found, values, strict=True):
+        power = elementwise.exp(score - largest.reshape(*score.shape[:-1], 1))
+        share = power.sum(axis=-1).reshape(groups, rows, count, 1)
+        power = power.astype(value.dtype)
+        part = (power @ value).reshape(groups, rows, count, -1)
+        output, total = (part, share) if output is None else (output + part, total + share)
+        powers.append(power)
+    inverse = 1.0 / total
+    return _Attended(output * inverse.astype(output.dtype), inverse, largest, powers)
+
+
 def _over_parts(biases: tuple[mx.array | None, ...], length: int, keep: bool) -> Callable:
     """The custom function: queries (H, B, n, D), keys and values (H, S, L, D) of each part."""
 
-    def scores(queries, keys, bias):
-        groups, rows, count, _ = queries.shape
-        score = queries.reshape(groups, keys.shape[1], -1, queries.shape[-1]) @ keys.swapaxes(-1, -2)
-        score = score.astype(mx.float32)
-        if bias is None:
-            return score
-        if bias.shape[2] == 1 and bias.shape[0] in (1, keys.shape[1]):
-            return score + bias.squeeze(1)
-        if bias.shape[0] not in (1, rows):
-            bias = mx.repeat(bias, rows // bias.shape[0], axis=0)
-        shape = score.shape
-        return (score.reshape(groups, rows, count // length, length, -1) + bias).reshape(shape)
-
     @mx.custom_function
     def attend(queries, *flat):
-        groups, rows, count, _ = queries.shape
-        keys, values = flat[0::2], flat[1::2]
-        found = [scores(queries, k, b) for k, b in zip(keys, biases, strict=True)]
-        largest = None
-        for score in found:
-            top = score.max(axis=-1).reshape(groups, rows, count, 1)
-            largest = top if largest is None else mx.maximum(largest, top)
-        output, total, powers = None, None, []
-        for score, value in zip(found, values, strict=True):
-            power = elementwise.exp(score - largest.reshape(*score.shape[:-1], 1))
-            share = power.sum(axis=-1).reshape(groups, rows, count, 1)
-            power = power.astype(value.dtype)
-            part = (power @ value).reshape(groups, rows, count, -1)
-            output, total = (part, share) if output is None else (output + part, total + share)
-            powers.append(power)
-        inverse = 1.0 / total
-        return (output * inverse.astype(output.dtype), inverse, *(powers if keep else [largest]))
+        output, inverse, largest, powers = _attended(queries, flat[0::2], flat[1::2], biases, length)
+        return (output, inverse, *(powers if keep else [largest]))
 
     @attend.vjp
     def backward(primals, cotangents, outputs):
@@ -116,7 +138,7 @@ def _over_parts(biases: tuple[mx.array | None, ...], length: int, keep: bool) ->
                 power = kept[i]
             else:
                 top = kept[0].reshape(*into[:2], -1, 1)
-                power = elementwise.exp(scores(queries, key, bias) - top).astype(value.dtype)
+                power = elementwise.exp(_scores(queries, key, bias, length) - top).astype(value.dtype)
             cot = cotangent.reshape(*into[:3], value.shape[-1])
             spread = power * (cot @ value.swapaxes(-1, -2) - delta.reshape(*into[:3], 1))
             part = (spread @ key).reshape(queries.shape)

@@ -234,6 +234,8 @@ class SharedPrefixCache:
     right-padded. Needs `route_attention` on the net.
     """
 
+    gradient = True
+
     def __init__(self, layout: Layout, layer: int):
         self.layout, self.layer, self.length = layout, layer, 0
         self.prefixes = [[(p.keys[layer], p.values[layer]) for p in b.prefixes] for b in layout.blocks]
@@ -268,20 +270,22 @@ class SharedPrefixCache:
         self.layout.attended = True
         window = mask.size if isinstance(mask, _Window) else None
         biases = self.layout.biases(queries.shape[2], keys.shape[2], window)
-        blocks = self.layout.blocks
+        blocks, options = self.layout.blocks, dict(gradient=self.gradient)
         if len(blocks) == 1:
-            return attention_over_parts(queries, [*self.prefixes[0], (keys, values)], biases[0], scale)
+            return attention_over_parts(queries, [*self.prefixes[0], (keys, values)], biases[0], scale, **options)
         outputs, start = [], 0
         for block, prefixes, bias in zip(blocks, self.prefixes, biases, strict=True):
             rows = slice(start, start + block.rows)
             own = (keys[rows], values[rows])
-            outputs.append(attention_over_parts(queries[rows], [*prefixes, own], bias, scale))
+            outputs.append(attention_over_parts(queries[rows], [*prefixes, own], bias, scale, **options))
             start += block.rows
         return mx.concatenate(outputs)
 
 
 class DecodeCache(SharedPrefixCache):
     """A `SharedPrefixCache` that appends token after token, in place, into buffers grown by 64 tokens."""
+
+    gradient = False
 
     def _store(self, keys, values):
         stop = self.length + keys.shape[2]

@@ -48,7 +48,22 @@ class LoRALinear(VlmLoRALinear):
         self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         self.lora_b = mx.zeros((rank, outputs))
 
+    @property
+    def merged(self) -> bool:
+        return "_merged" in self
+
+    def merge(self) -> None:
+        """Keeps W + scale B A, and uses it in W's place until :meth:`unmerge`; gives the adapter no gradient."""
+        update = (self.lora_a * self.scale) @ self.lora_b
+        self._merged = mx.stop_gradient(self.linear.weight + update.T.astype(self.linear.weight.dtype))
+
+    def unmerge(self) -> None:
+        self.pop("_merged", None)
+
     def __call__(self, x: mx.array) -> mx.array:
+        if "_merged" in self and self.switch.enabled:
+            product = x @ self._merged.T
+            return product + self.linear.bias if "bias" in self.linear else product
         y = self.linear(x)
         if not self.switch.enabled:
             return y

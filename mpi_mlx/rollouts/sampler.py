@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mpi_mlx.elementwise import logsumexp, softmax
 from mpi_mlx.models import kv
+from mpi_mlx.models.merged import merged_adapters
 from mpi_mlx.models.pieces import Cluster, cluster_prompts
+from mpi_mlx.rollouts.draw import Draw
 from mpi_mlx.rollouts.prefill import prefill, prefill_shared
 
 COMPACT_BELOW = 0.75  # compact when the rows still needed are at most this share of the batch
@@ -108,7 +109,7 @@ def _sample_waves(
     uniforms = None
     if temperature > 0:
         uniforms = _uniforms(key, [n for _, n in requests], max_tokens)
-    draw = _Draw(model, temperature, top_p, logprobs)
+    draw = Draw(model, temperature, top_p, logprobs)
     stops = np.array(sorted(model.eos_ids if stop_ids is None else stop_ids), np.int32)
     collected = _Collected(rows, max_tokens, stops)
     first = np.cumsum([0, *(n for _, n in requests)])
@@ -180,6 +181,18 @@ def _waves(clusters: Sequence[Cluster], requests, max_rows: int | None) -> list[
 
 def _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, stats) -> None:
     begin = time.perf_counter()
+    counted = [i for _, indices in wave for i in indices]
+    tokens = sum(len(requests[i][0]) + requests[i][1] * collected.max_tokens for i in counted)
+    with merged_adapters(model, tokens):
+        batch = _prefilled(model, requests, first, wave, shared, collected, stats)
+        middle = time.perf_counter()
+        stats.prefill_seconds += middle - begin
+        batch.decode(draw, uniforms, collected, stats)
+    stats.decode_seconds += time.perf_counter() - middle
+
+
+def _prefilled(model, requests, first, wave, shared, collected, stats) -> "_Batch":
+    """A wave's rows, their prompts' keys and values stored."""
     blocks, slots, hidden, positions = [], [], [], []
     for number, indices in wave:
         prompts = [requests[i][0] for i in indices]
@@ -193,59 +206,7 @@ def _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, s
         hidden.append(mx.repeat(ready.hidden, most, axis=0))
         positions.append(np.repeat([p.next_position for p in prompts], most))
         stats.prefill_tokens += int(ready.prefixes[-1].lengths.sum())
-    middle = time.perf_counter()
-    stats.prefill_seconds += middle - begin
-    batch = _Batch(model, blocks, slots, mx.concatenate(hidden), np.concatenate(positions).astype(np.int32))
-    batch.decode(draw, uniforms, collected, stats)
-    stats.decode_seconds += time.perf_counter() - middle
-
-
-class _Draw:
-    """Tokens (B,) and their log-probabilities (B,) from logits (B, V)."""
-
-    def __init__(self, model, temperature: float, top_p: float, logprobs: bool):
-        self.model, self.temperature, self.top_p, self.logprobs = model, temperature, top_p, logprobs
-        self.allowed = None
-        if model.visual_ids:
-            allowed = np.ones(model.vocab_size, bool)
-            allowed[sorted(model.visual_ids)] = False
-            self.allowed = mx.array(allowed)
-
-    def __call__(self, hidden: mx.array, uniforms: np.ndarray | None) -> tuple[mx.array, mx.array]:
-        logits = self.model.head(hidden).astype(mx.float32)
-        if self.temperature == 0:
-            return self._greedy(logits)
-        probabilities = softmax(logits * (1.0 / self.temperature))
-        tokens = self._invert(probabilities, mx.array(uniforms)[:, None])
-        return tokens.squeeze(-1), mx.log(mx.take_along_axis(probabilities, tokens, axis=-1)).squeeze(-1)
-
-    def _greedy(self, logits):
-        masked = logits if self.allowed is None else mx.where(self.allowed, logits, -mx.inf)
-        tokens = mx.argmax(masked, axis=-1)
-        if not self.logprobs:
-            return tokens, mx.zeros(tokens.shape)
-        picked = mx.take_along_axis(logits, tokens[:, None], axis=-1).squeeze(-1)
-        return tokens, picked - logsumexp(logits)
-
-    def _invert(self, probabilities: mx.array, uniforms: mx.array) -> mx.array:
-        """The first token (B, 1) at which the cumulated probability passes `uniforms` (B, 1)."""
-        order = None
-        if self.allowed is not None:
-            probabilities = probabilities * self.allowed
-        if self.top_p < 1.0:
-            order = mx.argsort(-probabilities, axis=-1)
-            probabilities = mx.take_along_axis(probabilities, order, axis=-1)
-            total = probabilities.sum(axis=-1, keepdims=True)
-            before = mx.cumsum(probabilities, axis=-1) - probabilities
-            probabilities = probabilities * (before < self.top_p * total)
-        cumulated = mx.cumsum(probabilities, axis=-1)
-        # a hair below, so that rounding never puts the target beyond the last token
-        target = uniforms * (cumulated[:, -1:] * (1.0 - 1e-6))
-        passed = cumulated > target
-        if self.allowed is not None or order is not None:
-            passed = passed & (probabilities > 0)
-        tokens = mx.argmax(passed, axis=-1, keepdims=True)
-        return tokens if order is None else mx.take_along_axis(order, tokens, axis=-1)
+    return _Batch(model, blocks, slots, mx.concatenate(hidden), np.concatenate(positions).astype(np.int32))
 
 
 class _Collected:
@@ -296,7 +257,7 @@ class _Batch:
     def flat(self) -> np.ndarray:
         return np.concatenate([s.reshape(-1) for s in self.slots])
 
-    def decode(self, draw: _Draw, uniforms: np.ndarray | None, collected: _Collected, stats) -> None:
+    def decode(self, draw: Draw, uniforms: np.ndarray | None, collected: _Collected, stats) -> None:
         """Draw until every row has ended. A step is launched before the one before it is looked at."""
         slots, step = self.flat, 0
 

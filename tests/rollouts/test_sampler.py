@@ -13,6 +13,7 @@ import mpi_mlx.assets
 from mpi_mlx.models import load_model
 from mpi_mlx.models.pieces import cluster_prompts
 from mpi_mlx.rollouts import sampler
+from mpi_mlx.rollouts.draw import Draw, invert_cumulated
 from mpi_mlx.rollouts.sampler import SamplingStats, generate_greedy, sample, sample_mixed
 
 TINY = Path(mpi_mlx.assets.__file__).parent / "tiny"
@@ -197,7 +198,7 @@ def test_top_p_keeps_to_the_likeliest(text):
 
 def test_visual_tokens_are_never_drawn(vision):
     """Even where they are all but certain."""
-    draw = sampler._Draw(vision, 1.0, 1.0, True)
+    draw = Draw(vision, 1.0, 1.0, True)
     logits = np.zeros((64, vision.vocab_size), np.float32)
     logits[:, sorted(vision.visual_ids)] = 30.0
     draw.model = type("Head", (), {"head": staticmethod(lambda x: x)})
@@ -208,10 +209,26 @@ def test_visual_tokens_are_never_drawn(vision):
 
 
 def test_inverting_by_hand(text):
-    draw = sampler._Draw(text, 1.0, 1.0, True)
+    draw = Draw(text, 1.0, 1.0, True)
     probabilities = mx.array([[0.25, 0.25, 0.5]] * 5)
     uniforms = mx.array([0.0, 0.24, 0.26, 0.6, 0.9999999])[:, None]
     assert draw._invert(probabilities, uniforms).squeeze().tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("width", [3, 64, 200, 8192])
+def test_inverting_is_searching_the_cumulated_weights(width):
+    rng = np.random.default_rng(width)
+    weights = (rng.random((50, width)) ** 4 * (rng.random((50, width)) < 0.3)).astype(np.float32)
+    weights[:, width // 2] = 0.5
+    uniforms = np.concatenate([[0.0, 1 - 2**-24], rng.random(48)]).astype(np.float32)
+    drawn = np.array(invert_cumulated(mx.array(weights), mx.array(uniforms)[:, None]))[:, 0]
+    cumulated = np.cumsum(weights.astype(np.float64), axis=1)
+    target = uniforms * cumulated[:, -1]
+    slack = 1e-5 * cumulated[:, -1]
+    rows = np.arange(50)
+    assert (weights[rows, drawn] > 0).all()
+    assert (cumulated[rows, drawn] > target - slack).all()
+    assert (cumulated[rows, drawn] - weights[rows, drawn] < target + slack).all()
 
 
 def test_clusters(vision):
