@@ -130,9 +130,8 @@ class Answer:
             choice = {"index": 0, "text": self.raw, "finish_reason": self.reason, "logprobs": None}
             return self._envelope() | {"choices": [choice], "usage": self._usage(tokens)}
         parts, calls = self._parts(), self._called()
-        message: dict[str, Any] = {"role": "assistant", "content": parts["content"]}
-        if parts["reasoning_content"]:
-            message["reasoning_content"] = parts["reasoning_content"]
+        trace = parts["reasoning_content"] or None  # always there, so that clients may read it
+        message: dict[str, Any] = {"role": "assistant", "content": parts["content"], "reasoning_content": trace}
         if calls:
             message["tool_calls"] = calls
             message["content"] = message["content"] or None

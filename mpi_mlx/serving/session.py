@@ -143,12 +143,12 @@ class ChatSession:
         self.in_context = in_context
 
     def attach(self, image: Any) -> None:
-        """Shows an image (a path or a PIL image) with the next question.
+        """Shows an image (a path or a PIL image) with the next question; the vision tower sees it now.
 
         Raises:
             DataError, ModelError: it cannot be read, or the model is text-only.
         """
-        self.model.image(image)
+        self.model.features([self.model.image(image)])
         self.pending.append(image)
 
     def ask(self, text: str) -> Iterator[str]:
