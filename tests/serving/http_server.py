@@ -5,11 +5,15 @@ import io
 import threading
 import time
 
-import httpx2 as httpx
 import openai
 import uvicorn
 
 from mpi_mlx.serving.app import ServerOptions, build_app
+
+try:
+    import httpx2 as httpx  # what openai's client is built on
+except ImportError:
+    import httpx
 
 
 class Served:

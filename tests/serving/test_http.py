@@ -7,8 +7,7 @@ import time
 import pytest
 
 openai = pytest.importorskip("openai")
-import httpx2 as httpx  # noqa: E402
-from http_server import Says, data_uri, serving  # noqa: E402
+from http_server import Says, data_uri, httpx, serving  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from mpi_mlx.serving.engine import Engine  # noqa: E402
