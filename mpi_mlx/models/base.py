@@ -163,10 +163,12 @@ class Model:
         """An assistant turn as int32 (T,), its end-of-turn token included."""
         return self._chat.token_ids(text + self._chat.end_of_turn)
 
-    @property
-    def texts(self) -> ByteLRU:
-        """Ids of the pieces of text that were tokenized last; its ``limit_bytes`` may be changed."""
-        return self._chat.known
+    def bound_caches(self, *, texts: int, images: int, features: int) -> None:
+        """Bytes at most of what is remembered: ids of texts; images before the tower (as they came, and as
+        arrays of pixels); their features. For a process that sees ever new ones."""
+        self._chat.known.limit_bytes, self._features.limit_bytes = texts, features
+        if self._images is not None:
+            self._images.bound(images)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; special tokens are left out, reasoning tags are kept."""

@@ -155,6 +155,10 @@ class ImageStore:
             self._pixels.put(image.key, kept, kept.nbytes)
         return kept
 
+    def bound(self, limit: int) -> None:
+        """Keeps ``limit`` bytes of pixel arrays at most, and as many of in-memory images."""
+        self._pixels.limit_bytes = self._inputs.limit_bytes = limit
+
     def _run(self, source: ImageSource) -> Processed:
         picture = load_image(source)
         try:

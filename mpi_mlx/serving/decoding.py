@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from mpi_mlx.models.attention import MASKED, attention_over_parts
 from mpi_mlx.models.pieces import Piece, embed_pieces
 
+_BLOCK = 128  # queries a block of attention: keys after the block are never looked at
 PREFILL_STEP = 1024  # tokens a forward: bounds activations, and how long a stop waits
 
 
@@ -34,9 +36,60 @@ def shared_length(kept: np.ndarray, wanted: np.ndarray) -> int:
     return length
 
 
-def new_caches(model) -> list[KVCache]:
+class PromptCache(KVCache):
+    """mlx-lm's cache of a sequence; where MLX takes exponentials one by one, attention is this project's."""
+
+    plain = True  # see models/attention.py: `attend` is asked where MLX's own attention would be slow
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
+        """Attention (1, Hq, T, D) of the last T of L tokens over ``keys`` (1, H, L, D), block by block."""
+        new, known = queries.shape[2], keys.shape[2]
+        if isinstance(mask, mx.array) or new == 1:  # a sliding window, or one token, which sees all
+            return _attention(queries, keys, values, scale, mask)
+        outputs = []
+        for start in range(known - new, known, _BLOCK):
+            stop = min(start + _BLOCK, known)
+            place = mx.arange(stop - start)
+            bias = mx.where(place[:, None] >= place, 0.0, MASKED)[None, None]
+            parts, biases = [(keys[:, :, start:stop], values[:, :, start:stop])], [bias]
+            if start:
+                parts.insert(0, (keys[:, :, :start], values[:, :, :start]))
+                biases.insert(0, None)
+            block = queries[:, :, start - known + new : stop - known + new]
+            outputs.append(attention_over_parts(block, parts, biases, scale, gradient=False))
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+class RowsCache(BatchKVCache):
+    """mlx-lm's cache of a batch, with this project's attention as in :class:`PromptCache`."""
+
+    plain = True
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
+        return _attention(queries, keys, values, scale, mask)
+
+    def extract(self, idx: int) -> PromptCache:
+        return same_cache(super().extract(idx))
+
+
+def _attention(queries, keys, values, scale: float, mask) -> mx.array:
+    bias = mask
+    if mask is not None:
+        bias = mx.where(mask, 0.0, MASKED) if mask.dtype == mx.bool_ else mask
+        bias = bias if bias.ndim == 4 else bias[None, None]
+    return attention_over_parts(queries, [(keys, values)], [bias], scale, gradient=False)
+
+
+def same_cache(cache: KVCache) -> PromptCache:
+    """A cache of the same arrays: MLX copies them when one of the two is written to."""
+    other = PromptCache()
+    other.keys, other.values, other.offset = cache.keys, cache.values, cache.offset
+    return other
+
+
+def new_caches(model) -> list[PromptCache]:
     """An empty cache a layer."""
-    return [KVCache() for _ in range(model.num_layers)]
+    return [PromptCache() for _ in range(model.num_layers)]
 
 
 def trim(caches: Sequence, length: int) -> None:

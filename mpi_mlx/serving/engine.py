@@ -16,16 +16,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache
 
 from mpi_mlx.errors import MPIError, ServingError
 from mpi_mlx.serving import decoding
+from mpi_mlx.serving.batch import Batch
 from mpi_mlx.serving.jobs import Busy, Counters, Job, Row, wait_for_end
 from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.target import context_length
+from mpi_mlx.serving.upkeep import Upkeep
 from mpi_mlx.serving.variants import Variants
-
-TEXTS = 2 << 20  # bytes of remembered tokens: a server seldom sees a text twice, but in the prefix cache
 
 
 class Engine:
@@ -54,8 +53,7 @@ class Engine:
         self.model: Any = None
         self._load, self._folders = load, variants
         self._waiting: deque[Job] = deque()
-        self._rows: list[Row] = []
-        self._caches: list[BatchKVCache] | None = None
+        self._batches: list[Batch] = []
         self._condition = threading.Condition()
         self._closing = False
         self._ready = threading.Event()
@@ -64,7 +62,8 @@ class Engine:
 
     @property
     def active(self) -> int:
-        return len(self._rows)
+        """Requests that are being answered."""
+        return sum(len(batch.rows) for batch in self._batches)
 
     @property
     def waiting(self) -> int:
@@ -116,7 +115,7 @@ class Engine:
         """Loads the model for :meth:`work`, to be called in the same thread."""
         self.model = self._load()
         self._variants = Variants(self.model, self._folders)
-        self.model.texts.limit_bytes = TEXTS
+        self._upkeep = Upkeep(self.model)
         self._draw = decoding.Draw(self.model)
         self._widest = max(map(len, self.model.tokenizer.get_vocab()))
         return self
@@ -137,31 +136,32 @@ class Engine:
         """Runs jobs until :meth:`close`, and what was asked before it."""
         while True:
             with self._condition:
-                while not (self._waiting or self._rows or self._closing):
-                    self._condition.wait()
-                if self._closing and not self._waiting and not self._rows:
+                while not (self._waiting or self._batches or self._closing):
+                    if not self._condition.wait(1.0 if self._upkeep.due else None):
+                        self._upkeep.release()
+                if self._closing and not self._waiting and not self._batches:
                     return
             try:
                 self._admit()
-                if self._rows:
-                    self._step()
+                for batch in self._batches:
+                    self._step(batch)
+                self._batches = [batch for batch in self._batches if batch.rows]
+                self._upkeep.worked()
             except Exception as error:  # a bug or no memory: these requests fail, the server goes on
                 self._fail_all(error)
 
     def _fail_all(self, error: Exception) -> None:
-        for row in self._rows:
+        for row in (row for batch in self._batches for row in batch.rows):
             self.counters.failed += 1
             row.job.emit("error", error)
-        self._rows, self._caches = [], None
+        self._batches = []
 
     def _take(self) -> Job | None:
-        """The next job, where it may join: a batch has one adapter, which its oldest job chose."""
+        """The next job, where there is room for it."""
         with self._condition:
             if self._waiting and self._waiting[0].cancelled:
                 self._drop_cancelled()
-            if not self._waiting or len(self._rows) >= self.max_rows:
-                return None
-            if self._rows and self._waiting[0].variant != self._variants.current:
+            if not self._waiting or self.active >= self.max_rows:
                 return None
             return self._waiting.popleft()
 
@@ -173,7 +173,7 @@ class Engine:
             except Exception as error:
                 self.counters.failed += not isinstance(error, MPIError)
                 job.emit("error", error)
-            if len(self._rows) > 1 and not self._short(job):
+            if self.active > 1 and not self._short(job):
                 return
 
     @staticmethod
@@ -218,32 +218,28 @@ class Engine:
         return encoded, context or len(encoded) + job.max_tokens
 
     def _join(self, row: Row, caches) -> None:
-        fresh = [BatchKVCache.merge([cache]) for cache in caches]
-        if self._caches is None:
-            self._caches = fresh
-        else:
-            for ours, new in zip(self._caches, fresh, strict=True):
-                ours.extend(new)
-        self._rows.append(row)
+        batch = next((batch for batch in self._batches if batch.fits(row)), None)
+        if batch is None:
+            batch = Batch(row.job.variant)
+            self._batches.append(batch)
+        batch.join(row, caches)
 
-    def _step(self) -> None:
-        """One token for every row."""
+    def _step(self, batch: Batch) -> None:
+        """One token for every row of a batch."""
         begin = time.perf_counter()
-        gone = [i for i, row in enumerate(self._rows) if row.job.cancelled]
+        gone = {i for i, row in enumerate(batch.rows) if row.job.cancelled}
         for index in gone:
-            self._finish(self._rows[index], "cancelled")
-        self._keep([i for i in range(len(self._rows)) if i not in gone])
-        if not self._rows:
+            self._finish(batch.rows[index], "cancelled")
+        batch.drop(gone)
+        if not batch.rows:
             return
-        tokens = mx.array([row.ids[-1] for row in self._rows])
-        positions = np.array([row.next_position + len(row.ids) - 1 for row in self._rows])
-        hidden = decoding.forward_token(self.model, tokens, positions, self._caches)
-        self._take_tokens(self._rows, self._tokens(self._rows, hidden))
+        self._variants.use(batch.variant)
+        self._take_tokens(batch.rows, self._tokens(batch.rows, batch.forward(self.model)))
         self.counters.decode_steps += 1
-        ended = {i for i, row in enumerate(self._rows) if self._ended(row)}
-        for index in ended:
-            self._remember(index)
-        self._keep([i for i in range(len(self._rows)) if i not in ended])
+        ended = {i for i, row in enumerate(batch.rows) if self._ended(row)}
+        for index in ended:  # the next turn of a conversation begins with them
+            self.prefixes.put(batch.variant, *batch.extract(index))
+        batch.drop(ended)
         self.counters.decode_seconds += time.perf_counter() - begin
 
     def _tokens(self, rows: list[Row], hidden: mx.array) -> list[int]:
@@ -276,23 +272,3 @@ class Engine:
     @staticmethod
     def _ended(row: Row) -> bool:
         return row.limit == 0
-
-    def _remember(self, index: int) -> None:
-        """Keeps a finished row's keys and values: the next turn of a conversation begins with them."""
-        row = self._rows[index]
-        caches = [cache.extract(index) for cache in self._caches]
-        # unevaluated, the row would keep the whole batch's arrays in memory
-        mx.eval([cache.keys for cache in caches], [cache.values for cache in caches])
-        codes = np.concatenate([row.codes, np.array(row.ids[:-1], np.int64)])
-        self.prefixes.put(row.job.variant, codes, caches)
-
-    def _keep(self, stay: list[int]) -> None:
-        if len(stay) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in stay]
-        if not stay:
-            self._caches = None
-            return
-        index = mx.array(stay)
-        for cache in self._caches:
-            cache.filter(index)

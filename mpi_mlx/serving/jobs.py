@@ -68,6 +68,11 @@ class Row:
     random: np.random.Generator
     ids: list[int] = field(default_factory=list)
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.codes) + len(self.ids)
+
 
 def wait_for_end(thread: threading.Thread) -> None:
     """Until the system's thread is gone, where that can be seen; Python before 3.13 says so earlier.

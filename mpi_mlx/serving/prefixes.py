@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
-from mpi_mlx.serving.decoding import shared_length, trim
+from mpi_mlx.serving.decoding import PromptCache, same_cache, shared_length, trim
 
 
 class PrefixCache:
@@ -19,12 +19,12 @@ class PrefixCache:
     def __init__(self, limit_bytes: int, most: int = 256):
         self.limit_bytes, self.most = limit_bytes, most
         self.used_bytes = 0
-        self._entries: list[tuple[str, np.ndarray, list[KVCache], int]] = []  # oldest first
+        self._entries: list[tuple[str, np.ndarray, list[PromptCache], int]] = []  # oldest first
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def fetch(self, label: str, codes: np.ndarray) -> tuple[list[KVCache] | None, int]:
+    def fetch(self, label: str, codes: np.ndarray) -> tuple[list[PromptCache] | None, int]:
         """Caches of the longest known beginning of ``codes`` (T,), and its length; (None, 0): nothing known.
 
         The caches may be written to: arrays are copied by MLX when they are.
@@ -38,12 +38,14 @@ class PrefixCache:
             return None, 0
         entry = self._entries.pop(best)
         self._entries.append(entry)
-        caches = [_same(cache) for cache in entry[2]]
+        caches = [same_cache(cache) for cache in entry[2]]
         trim(caches, length)
         return caches, length
 
-    def put(self, label: str, codes: np.ndarray, caches: Sequence[KVCache]) -> None:
+    def put(self, label: str, codes: np.ndarray, caches: Sequence[PromptCache]) -> None:
         """Keeps ``caches`` of exactly ``codes``; what they begin with is dropped."""
+        caches = [_tight(cache) for cache in caches]
+        mx.eval([cache.keys for cache in caches], [cache.values for cache in caches])
         size = sum(cache.nbytes for cache in caches)
         if size > self.limit_bytes:
             return
@@ -54,13 +56,15 @@ class PrefixCache:
                 self.used_bytes -= used
             else:
                 stays.append(entry)
-        self._entries = [*stays, (label, codes, [_same(cache) for cache in caches], size)]
+        self._entries = [*stays, (label, codes, caches, size)]
         self.used_bytes += size
         while self.used_bytes > self.limit_bytes or len(self._entries) > self.most:
             self.used_bytes -= self._entries.pop(0)[3]
 
 
-def _same(cache: KVCache) -> KVCache:
-    other = KVCache()
-    other.keys, other.values, other.offset = cache.keys, cache.values, cache.offset
-    return other
+def _tight(cache: PromptCache) -> PromptCache:
+    """Its keys and values, without the room for more where that is much."""
+    kept, length = same_cache(cache), cache.offset
+    if cache.keys.shape[2] > 1.1 * length:
+        kept.keys, kept.values = (mx.contiguous(x[..., :length, :]) for x in (cache.keys, cache.values))
+    return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mpi_mlx.models.adapters import load_adapter, remove_adapters
@@ -21,34 +22,36 @@ class Variants:
 
     def __init__(self, model, folders: Mapping[str, str | os.PathLike | None]):
         self.model, self.current = model, None
-        self._layers: dict[str, tuple[list, object, bool]] = {}
-        self._plain: dict[str, object] = {}
+        found: dict[str, tuple[dict[str, nn.Module], object, bool]] = {}
+        plain: dict[str, nn.Module] = {}
         for name, folder in folders.items():
-            layers: list = []
+            layers: dict[str, nn.Module] = {}
             if folder is not None:
                 load_adapter(model, folder)
-                found = model.net.named_modules()
-                layers = [
-                    (path, layer) for path, layer in found if isinstance(layer, (LoRALinear, DoRALinear))
-                ]
-                self._plain.update({path: layer.linear for path, layer in layers})
-            self._layers[name] = (layers, model.lora_spec, model.projector_trained)
+                named = model.net.named_modules()
+                layers = {path: layer for path, layer in named if isinstance(layer, (LoRALinear, DoRALinear))}
+                plain.update({path: layer.linear for path, layer in layers.items()})
+                model.net.eval()
+            found[name] = (layers, model.lora_spec, model.projector_trained)
             if folder is not None:
                 remove_adapters(model)
+        model.net.eval()
+        self._settings = {
+            name: (tree_unflatten(list({**plain, **layers}.items())), spec, projector)
+            for name, (layers, spec, projector) in found.items()
+        }
 
     @property
     def names(self) -> list[str]:
-        return list(self._layers)
+        return list(self._settings)
 
     def use(self, name: str) -> None:
         """Puts the adapter ``name`` on, and takes off what was on before."""
         if name == self.current:
             return
-        layers, spec, projector = self._layers[name]
-        chosen = {**self._plain, **dict(layers)}
-        self.model.net.update_modules(tree_unflatten(list(chosen.items())))
+        modules, spec, projector = self._settings[name]
+        self.model.net.update_modules(modules)
         if projector or self.model.projector_trained:
             self.model.forget_features()
         self.model.lora_spec, self.model.projector_trained = spec, projector
-        self.model.net.eval()
         self.current = name
