@@ -16,7 +16,8 @@ import numpy as np
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.rollouts.groups import Rollout, RolloutGroup, compute_advantages, overlong_penalty
-from mpi_mlx.rollouts.sampler import sample_mixed
+from mpi_mlx.rollouts.sampler import Completion, sample_mixed
+from mpi_mlx.stages.ahead import Ahead, steps_ahead
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource
 from mpi_mlx.stages.survey import Survey, survey_prompts
 from mpi_mlx.training import world
@@ -70,6 +71,9 @@ class RolloutSource:
         self.model, self.examples, self.document = model, examples, document
         self.spec, self.rewards, self.seed = spec, rewards, seed
         self.cursor = 0
+        per_step = spec.prompts * world.world().size()
+        steps = steps_ahead(model, spec.prompts * max(1, spec.policy_aware), spec.max_completion_tokens)
+        self._ahead = Ahead(self._sample_reference, per_step, steps, None if spec.refill else spec.steps)
         self.labelled = None
         if spec.sft_coef > 0:
             self.labelled = SupervisedSource(model, labelled, document, _labelled_spec(spec), seed + 1)
@@ -140,46 +144,51 @@ class RolloutSource:
         order = np.random.default_rng([self.seed, 31, epoch]).permutation(len(self.examples))
         return self.examples[order[at]]
 
-    def _keys(self, positions: Sequence[int]) -> list[mx.array]:
-        """Random keys (P, 2) of the plain and of the policy-aware completions.
+    def _keys(self, positions: Sequence[int], policy_aware: bool) -> mx.array:
+        """Random keys (P, 2) of the prompts' completions.
 
         They belong to a prompt's position, so that however many processes share a step, it draws the same.
         """
         numbers = [np.random.SeedSequence([self.seed, 32, p]).generate_state(1)[0] for p in positions]
-        pairs = mx.stack([mx.random.split(mx.random.key(int(n))) for n in numbers])
-        return [pairs[:, 0], pairs[:, 1]]
+        return mx.stack([mx.random.split(mx.random.key(int(n)))[int(policy_aware)] for n in numbers])
+
+    def _prompts(self, positions: Sequence[int], document: PolicyDocument | None) -> list:
+        examples = [self._example(p) for p in positions]
+        return [
+            self.model.encode(place_document(e.messages, document), tools=e.tools, generation_prompt=True)
+            for e in examples
+        ]
+
+    def _sample(self, requests: list[tuple[object, int]], keys: mx.array) -> list[list[Completion]]:
+        spec = self.spec
+        return sample_mixed(
+            self.model, requests, key=keys, max_tokens=spec.max_completion_tokens,
+            temperature=spec.temperature, top_p=spec.top_p,
+        )
+
+    def _sample_reference(self, positions: list[int]) -> list[list[Completion]]:
+        """Policy-aware completions, adapters switched off."""
+        requests = [(p, self.spec.policy_aware) for p in self._prompts(positions, self.document)]
+        with self.model.adapters_disabled():
+            return self._sample(requests, self._keys(positions, True))
 
     def _draw(self, count: int) -> list[RolloutGroup]:
-        spec, model = self.spec, self.model
+        spec, cursor = self.spec, self.cursor
         positions = self._next_positions(count)
         examples = [self._example(p) for p in positions]
-        keys = self._keys(positions)
-        plain = [model.encode(e.messages, tools=e.tools, generation_prompt=True) for e in examples]
-        requests = [(p, spec.group_size) for p in plain]
-        options = dict(max_tokens=spec.max_completion_tokens, temperature=spec.temperature, top_p=spec.top_p)
-        aware: list[tuple[object, int]] = []
-        if spec.policy_aware:
-            aware = [
-                (
-                    model.encode(
-                        place_document(e.messages, self.document), tools=e.tools, generation_prompt=True
-                    ),
-                    spec.policy_aware,
-                )
-                for e in examples
-            ]
-        if aware and spec.policy_aware_sampler == "reference":
-            completions = sample_mixed(model, requests, key=keys[0], **options)
-            with model.adapters_disabled():
-                completions += sample_mixed(model, aware, key=keys[1], **options)
+        plain = self._prompts(positions, None)
+        requests, keys = [(p, spec.group_size) for p in plain], self._keys(positions, False)
+        if spec.policy_aware and spec.policy_aware_sampler == "reference":
+            completions = self._sample(requests, keys) + self._ahead(positions, cursor)
+        elif spec.policy_aware:
+            requests += [(p, spec.policy_aware) for p in self._prompts(positions, self.document)]
+            completions = self._sample(requests, mx.concatenate([keys, self._keys(positions, True)]))
         else:
-            completions = sample_mixed(
-                model, [*requests, *aware], key=mx.concatenate(keys[: 2 if aware else 1]), **options
-            )
+            completions = self._sample(requests, keys)
         groups = []
         for n, example in enumerate(examples):
             found = [(c, False) for c in completions[n]]
-            if aware:
+            if spec.policy_aware:
                 found += [(c, True) for c in completions[len(examples) + n]]
             groups.append((example, plain[n], found))
         return self._rewarded(groups)

@@ -32,9 +32,10 @@ def score(
     that of `token_logprobs`.
 
     Equals `score_plain`: in float32 losses to 1e-5 and gradients to 1e-4 relative. A document that several
-    prompts share is forwarded once for them.
+    prompts share is forwarded once for them, and so are completions of one prompt that are the same tokens.
     """
     kv.route_attention(model.net)
+    groups, copies = _distinct(groups)
     blocks, order = _prefix_blocks(model, groups)
     ids, targets, mask = _rows([groups[i] for i in order])
     counts = [len(groups[i][1]) for i in order]
@@ -57,7 +58,24 @@ def score(
     if order != sorted(order):
         back = np.argsort(np.repeat(order, counts), kind="stable")
         logprobs, mask = logprobs[mx.array(back)], mask[back]
+    if len(copies) != len(mask):
+        logprobs, mask = logprobs[mx.array(copies)], mask[copies]
     return logprobs, mx.array(mask.astype(np.float32))
+
+
+def _distinct(groups: Sequence[Group]) -> tuple[list[Group], np.ndarray]:
+    """Each group's different completions, and for every completion (R,) the row that stands for it.
+
+    A sure model repeats itself: late in a stage most completions of a prompt are equal.
+    """
+    kept, copies = [], []
+    for prompt, completions in groups:
+        first = sum(len(c) for _, c in kept)
+        rows: dict[bytes, int] = {}
+        for completion in completions:
+            copies.append(first + rows.setdefault(np.asarray(completion, np.int32).tobytes(), len(rows)))
+        kept.append((prompt, [np.frombuffer(row, np.int32) for row in rows]))
+    return kept, np.array(copies, np.int32)
 
 
 def split(values: mx.array, mask: mx.array) -> list[np.ndarray]:

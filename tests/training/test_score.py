@@ -74,10 +74,14 @@ def cases(model, name):
     sizes = [(5, 12, 1), (7, 3, 9), (2, 2, 4), (3, 3, 3), (6, 1, 1)]
     if name == "ragged":
         sizes = [(5, 12, 1), (7,), (2, 9)]
-    return [(p, completions(rng, *s)) for p, s in zip(prompts, sizes, strict=False)]
+    groups = [(p, completions(rng, *s)) for p, s in zip(prompts, sizes, strict=False)]
+    if name == "repeated":  # equal completions, of one prompt and of another
+        (p, (a, b, c)), (q, (d, e, f)), (r, (g, h, i)) = groups
+        groups = [(p, [a, b, a, a, c]), (q, [d, a, e, f]), (r, [g, g, h, i, h])]
+    return groups
 
 
-@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed"])
+@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed", "repeated"])
 @pytest.mark.parametrize("which", ["vision", "text"])
 def test_equals_plain_forward(which, name, request):
     model = request.getfixturevalue(which)
@@ -118,6 +122,14 @@ def test_sampler_and_scorer_agree(which, request):
         sampled = [c.logprobs for cs in drawn for c in cs]
         drift = max(np.abs(a - b).max() for a, b in zip(split(logprobs, mask), sampled, strict=True))
         assert drift < 1e-4
+
+
+def test_equal_completions_are_forwarded_once(text, monkeypatch):
+    forwarded = []
+    hidden = text.hidden
+    monkeypatch.setattr(text, "hidden", lambda x, *rest: forwarded.append(x.shape[0]) or hidden(x, *rest))
+    score(text, cases(text, "repeated"))
+    assert forwarded == [3, 3 + 4 + 3]  # prompts, then of 5, 4 and 5 completions those that differ
 
 
 def test_padding_changes_nothing(text):
