@@ -34,7 +34,9 @@ class Variant:
 
 CPT = StageChange("cpt")
 SFT = StageChange("sft")
+SFT_BARE = StageChange("sft", {"document_fraction": 0.0})
 DIRECT = StageChange("sft", {"reasoning": False})
+BOTH = "cpt+sft"  # as a value: what the two stages of the recipe have together
 
 # Every form of RL draws the same number of completions a prompt; see ``_rl_changes``.
 STARTS = (
@@ -47,25 +49,40 @@ FORMS = (
     ("policyrollout", "PolicyRollout", {"algorithm": "grpo"}),
     ("dapo_policyrollout", "DAPO with PolicyRollout", {"algorithm": "dapo"}),
 )
-# Beyond the table: the policy-aware half drawn by the model with its adapters on and off, and SFT for as many
-# steps as CPT and SFT have together.
+# Beyond the table: the policy-aware half drawn by the model with its adapters on and off, SFT without any row that
+# carries the document, and forms of continual pretraining, each beside SFT of as many steps and as many rows with
+# the document.
+MORE_STARTS = (
+    ("sft_bare", "CoT-SFT, no document rows", (SFT_BARE,)),
+    ("cpt_sft_bare", "VM-CPT + CoT-SFT, no document rows", (CPT, SFT_BARE)),
+)
 MORE_FORMS = tuple(
     (f"policyrollout_{who}", f"PolicyRollout ({who})", {"algorithm": "grpo", "policy_aware_sampler": who})
     for who in ("model", "reference")
+)
+CPT_FORMS = (
+    ("rows", "", {}),
+    ("plain", ", nothing recited", {"document_questions": 0.0}),
+    ("long", ", three times the steps", {"steps": 3}),
 )
 
 
 def _variants() -> dict[str, Variant]:
     found = [Variant(BASE, "base")]
-    for start, start_title, stages in STARTS:
+    for start, start_title, stages in (*STARTS, *MORE_STARTS):
         found.append(Variant(start, start_title, stages))
         for form, form_title, changes in (*FORMS, *MORE_FORMS):
             if start == "direct_sft":
                 changes = {**changes, "reasoning": False}
             chain = (*stages, StageChange("rl", changes))
             found.append(Variant(f"{start}+{form}", f"{start_title} + {form_title}", chain))
-    matched = (StageChange("sft", {"steps": "cpt+sft"}),)
-    found.append(Variant("sft_matched", "CoT-SFT, steps of both", matched))
+    found.append(Variant("sft_matched", "CoT-SFT, steps of both", (StageChange("sft", {"steps": BOTH}),)))
+    for form, said, changes in CPT_FORMS:
+        if changes:
+            found.append(Variant(f"cpt_{form}_sft", f"VM-CPT{said} + CoT-SFT", (StageChange("cpt", changes), SFT)))
+        matched = {"steps": BOTH, "document_fraction": BOTH, **{f"cpt.{k}": v for k, v in changes.items()}}
+        title = f"CoT-SFT, steps and document rows of both{said}"
+        found.append(Variant(f"sft_matched_{form}", title, (StageChange("sft", matched),)))
     return {v.name: v for v in found}
 
 
@@ -177,13 +194,32 @@ def _stage(change: StageChange, known: Mapping[str, dict]) -> dict:
         known_kinds = ", ".join(known) or "none"
         raise RecipeError(f"ablation: a variant needs stage {change.kind}; the recipe has {known_kinds}")
     stage, changes = dict(known[change.kind]), dict(change.changes)
-    if changes.get("steps") == "cpt+sft":
-        if "cpt" not in known or "steps" not in stage or "steps" not in known["cpt"]:
-            raise RecipeError("ablation: sft_matched needs stages cpt and sft with steps instead of epochs")
-        changes["steps"] = stage["steps"] + known["cpt"]["steps"]
+    if changes.get("steps") == BOTH:
+        changes = _matched(stage, known.get("cpt", {}), changes)
+    if change.kind == "cpt" and "steps" in changes:
+        changes["steps"] *= stage.get("steps", 0)
     if change.kind == "rl":
         changes = _rl_changes(stage, changes)
     return {**stage, **changes}
+
+
+def _matched(sft: dict, cpt: dict, changes: dict) -> dict:
+    """SFT for the steps of both stages and, where wanted, with as many rows that carry the document.
+
+    Names with ``cpt.`` change the cpt stage that is matched; its ``steps`` are a factor.
+    """
+    if "steps" not in sft or "steps" not in cpt or sft.get("batch_size") != cpt.get("batch_size"):
+        raise RecipeError(
+            "ablation: sft_matched needs stages cpt and sft with one batch_size, and steps instead of epochs"
+        )
+    before = cpt["steps"] * changes.get("cpt.steps", 1)
+    steps = before + sft["steps"]
+    out = {"steps": steps}
+    if "document_fraction" in changes:
+        asked = changes.get("cpt.document_questions", cpt.get("document_questions", 0.0))
+        rows = before * (1 - asked) + sft["steps"] * sft.get("document_fraction", 0.0)
+        out["document_fraction"] = round(rows / steps, 4)
+    return out
 
 
 def _rl_changes(stage: dict, changes: dict) -> dict:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpi_mlx.evaluation.grid import BASE, FORMS, MORE_FORMS, STARTS, VARIANTS
+from mpi_mlx.evaluation.grid import BASE, CPT_FORMS, FORMS, MORE_FORMS, MORE_STARTS, STARTS, VARIANTS
 from mpi_mlx.evaluation.metrics import Mean, mean_over_seeds, paired_difference
 
 Setting = tuple[tuple[str, Any], ...]
@@ -99,7 +99,8 @@ def _summary(found: Sequence[CellResult]) -> Summary:
 def comparisons() -> list[tuple[str, str]]:
     """(variant, what it is compared with): each addition against what it is added to."""
     pairs = [("cpt_sft", "sft"), ("cpt_sft", "sft_matched"), ("sft", "direct_sft")]
-    for start, _, _ in STARTS:
+    pairs += [(f"cpt_{form}_sft" if changes else "cpt_sft", f"sft_matched_{form}") for form, _, changes in CPT_FORMS]
+    for start, _, _ in (*STARTS, *MORE_STARTS):
         pairs += [(f"{start}+{form}", start) for form, _, _ in FORMS]
         aware = [form for form, _, _ in (*FORMS, *MORE_FORMS) if form != "grpo"]
         pairs += [(f"{start}+{form}", f"{start}+grpo") for form in aware]

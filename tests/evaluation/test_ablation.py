@@ -61,10 +61,33 @@ def test_recipes_of_the_cells():
     reference = cell_recipe(base, cell("sft+policyrollout_reference"), "out").stages[1]
     assert reference.policy_aware_sampler == "reference" and reference.clip_high == 0.2
     assert cell_recipe(base, cell("sft_matched"), "out").stages[0].steps == 3
+    bare = cell_recipe(base, cell("cpt_sft_bare+grpo"), "out").stages
+    assert [s.stage for s in bare] == ["cpt", "sft", "rl"] and bare[1].document_fraction == 0
     deep = cell_recipe(base, cell("sft", setting=(("data.depth", 4), ("data.train", 20))), "out")
     assert (deep.data.depth, deep.data.train, deep.data.seed, deep.seed) == (4, 20, 5, 5)
     assert deep.evaluation.max_completion_tokens == 4 + 3 * 12  # depth 4 instead of 1
     assert deep.stages[0].steps == 2 and list(deep.evaluation.after) == ["sft"] and deep.output == "out"
+
+
+def test_pretraining_beside_as_many_steps_and_rows_with_the_document():
+    cpt = {"stage": "cpt", "steps": 30, "batch_size": 4, "document_questions": 0.5}
+    sft = {"stage": "sft", "steps": 10, "batch_size": 4, "document_fraction": 0.2}
+    base = small_recipe(stages=[cpt, sft])
+
+    def stages(name):
+        return cell_recipe(base, cell(name), "out").stages
+
+    (rows,) = stages("sft_matched_rows")  # 30 x 0.5 + 10 x 0.2 of 40 steps
+    assert (rows.steps, rows.document_fraction) == (40, 0.425)
+    (plain,) = stages("sft_matched_plain")  # 30 + 2
+    assert (plain.steps, plain.document_fraction) == (40, 0.8)
+    (long,) = stages("sft_matched_long")  # 90 x 0.5 + 2 of 100
+    assert (long.steps, long.document_fraction) == (100, 0.47)
+    assert stages("cpt_plain_sft")[0].document_questions == 0
+    assert (stages("cpt_long_sft")[0].steps, stages("cpt_long_sft")[0].document_questions) == (90, 0.5)
+    assert stages("sft_matched")[0].document_fraction == 0.2  # the steps alone
+    with pytest.raises(RecipeError, match="one batch_size"):
+        cell_recipe(small_recipe(stages=[cpt, {**sft, "batch_size": 8}]), cell("sft_matched_rows"), "out")
 
 
 def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
