@@ -1,15 +1,17 @@
 """Time to first token: the document in context beside the internalized agent, which does not carry it.
 
-python benchmarks/ttft.py [--documents 1000 4000 16000] [--repeats 5] [--hidden 256 --layers 6]
+python benchmarks/ttft.py [--documents 1000 4000 16000] [--repeats 5]
 
-One random model of the Qwen2.5-VL architecture (8M parameters unless told otherwise), served by `mpi-mlx serve`
-with the internalized agent as a LoRA adapter of rank 16 on it. Both get the same questions, each with a picture of
-its own; only one gets the document. Cold: nothing is known of the prompt. Warm: the server's prefix cache holds the
-document from an earlier request, and only picture and question are new.
+The embedded model, its positions stretched to the longest document, served by `mpi-mlx serve` with the
+internalized agent as a LoRA adapter of rank 16 on it: an untrained one, which takes as long as any other. Both get
+the same questions, each with a picture of its own; only one gets the document. Cold: nothing is known of the
+prompt, as in the first request after a start, or after others have pushed the document out. Warm: the server's
+prefix cache holds the document from an earlier request, and only picture and question are new.
 """
 
 import argparse
 import asyncio
+import json
 import shutil
 import statistics
 from pathlib import Path
@@ -18,8 +20,22 @@ import common
 from served import Asked, Server, ask, data_uri
 
 
+def base(positions: int) -> Path:
+    """The embedded model with room for as many tokens."""
+    import mpi_mlx.assets
+
+    made = common.CACHE / "checkpoints" / f"embedded-{positions}"
+    if not (made / "config.json").exists():
+        tiny = Path(mpi_mlx.assets.__file__).parent / "tiny"
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(tiny, made, ignore=shutil.ignore_patterns("config.json"))
+        config = json.loads((tiny / "config.json").read_text()) | {"max_position_embeddings": positions}
+        (made / "config.json").write_text(json.dumps(config))
+    return made
+
+
 def adapter(folder: Path) -> Path:
-    """A random adapter on the model in ``folder``."""
+    """A fresh adapter on the model in ``folder``."""
     made = folder / "agent-adapter"
     if (made / "adapters.safetensors").exists():
         return made
@@ -28,7 +44,6 @@ def adapter(folder: Path) -> Path:
     from mpi_mlx.models.lora import attach_lora
     from mpi_mlx.recipe import LoraSpec
 
-    shutil.rmtree(made, ignore_errors=True)
     model = load_model(folder)
     attach_lora(model, LoraSpec(rank=16, alpha=32))
     save_adapter(model, made)
@@ -67,7 +82,7 @@ def times(server: Server, name: str, text: str | None, repeats: int, numbers) ->
 
 
 def measure(options) -> list[dict]:
-    folder = common.checkpoint("qwen2_5_vl", hidden=options.hidden, layers=options.layers)
+    folder = base(max(options.documents) + 1024)
     agent = adapter(folder)
     texts = {size: document(folder, size) for size in options.documents}
     rows = {size: {"document": size} for size in options.documents}
@@ -104,18 +119,39 @@ def show(rows: list[dict]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def figure(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, axes = plt.subplots(figsize=(6, 3))
+    lines = (("cold", "in_context", "C3", "-"), ("warm", "in_context", "C1", "-"),
+             ("cold", "internalized", "C0", "-"), ("warm", "internalized", "C0", "--"))  # fmt: skip
+    for state, kind, color, style in lines:
+        times = [1e3 * row[state][kind] for row in rows]
+        label = f"{kind.replace('_', ' ')}, {state}"
+        axes.plot([row["document"] for row in rows], times, style, marker="o", color=color, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the document", ylabel="ms to the first token")
+    axes.set_xticks([row["document"] for row in rows], [f"{row['document']:,}" for row in rows])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[1000, 4000, 16000])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     rows = measure(options)
     show(rows)
     if not options.no_save:
-        common.save("ttft", {"hidden": options.hidden, "layers": options.layers, "rows": rows})
+        common.save("ttft", {"model": "embedded:tiny", "repeats": options.repeats, "rows": rows})
+        figure(rows, common.HERE / "results" / "ttft.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from mpi_mlx import elementwise
 from mpi_mlx.models.attention import MASKED, attention_over_parts
 from mpi_mlx.models.pieces import Piece, embed_pieces
 
@@ -67,6 +68,19 @@ class RowsCache(BatchKVCache):
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
         return _attention(queries, keys, values, scale, mask)
+
+    def put(self, place: int, cache: PromptCache) -> None:
+        """Writes a sequence over row ``place``, so that it ends where all rows end."""
+        start, stop = self._idx - cache.offset, self._idx
+        self.keys[place : place + 1, :, start:stop] = cache.keys[..., : cache.offset, :]
+        self.values[place : place + 1, :, start:stop] = cache.values[..., : cache.offset, :]
+
+    def pad(self, left: mx.array, offset: mx.array, cut: int) -> None:
+        """Takes off the first ``cut`` columns; rows (B,) then begin at columns ``left``, with ``offset`` tokens."""
+        if cut:
+            self.keys, self.values = self.keys[..., cut:, :], self.values[..., cut:, :]
+            self._idx -= cut
+        self.left_padding, self.offset = left, offset
 
     def extract(self, idx: int) -> PromptCache:
         return same_cache(super().extract(idx))
@@ -160,15 +174,16 @@ class Draw:
         heat = np.asarray(temperature, np.float32)
         if not heat.any():
             return best
-        chances = mx.softmax(logits / mx.array(np.maximum(heat, 1e-4))[:, None], axis=-1)
-        order = mx.argsort(-chances, axis=-1)
-        chances = mx.take_along_axis(chances, order, axis=-1)
-        before = mx.cumsum(chances, axis=-1) - chances
-        chances = chances * (before < mx.array(np.asarray(top_p, np.float32))[:, None])
+        chances = elementwise.softmax(logits / mx.array(np.maximum(heat, 1e-4))[:, None])
+        nucleus = np.asarray(top_p, np.float32)
+        if (nucleus < 1.0).any():
+            falling = -mx.sort(-chances, axis=-1)
+            before = mx.cumsum(falling, axis=-1) - falling
+            least = mx.where(before < mx.array(nucleus)[:, None], falling, 1.0).min(axis=-1, keepdims=True)
+            chances = mx.where(mx.array(nucleus < 1.0)[:, None] & (chances < least), 0.0, chances)
         summed = mx.cumsum(chances, axis=-1)
         aim = mx.array(np.asarray(uniform, np.float32))[:, None] * (summed[:, -1:] * (1 - 1e-6))
-        place = mx.argmax((summed > aim) & (chances > 0), axis=-1, keepdims=True)
-        drawn = mx.take_along_axis(order, place, axis=-1).squeeze(-1)
+        drawn = mx.argmax((summed > aim) & (chances > 0), axis=-1)
         return mx.where(mx.array(heat > 0), drawn, best)
 
 

@@ -227,18 +227,19 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         """One token for every row of a batch."""
         begin = time.perf_counter()
-        gone = {i for i, row in enumerate(batch.rows) if row.job.cancelled}
-        for index in gone:
-            self._finish(batch.rows[index], "cancelled")
+        gone = [row for row in batch.rows if row.job.cancelled]
+        for row in gone:
+            self._finish(row, "cancelled")
         batch.drop(gone)
-        if not batch.rows:
+        rows = batch.rows
+        if not rows:
             return
         self._variants.use(batch.variant)
-        self._take_tokens(batch.rows, self._tokens(batch.rows, batch.forward(self.model)))
+        self._take_tokens(rows, self._tokens(rows, batch.forward(self.model)))
         self.counters.decode_steps += 1
-        ended = {i for i, row in enumerate(batch.rows) if self._ended(row)}
-        for index in ended:  # the next turn of a conversation begins with them
-            self.prefixes.put(batch.variant, *batch.extract(index))
+        ended = [row for row in rows if self._ended(row)]
+        for row in ended:  # the next turn of a conversation begins with them
+            self.prefixes.put(batch.variant, *batch.extract(row))
         batch.drop(ended)
         self.counters.decode_seconds += time.perf_counter() - begin
 

@@ -73,6 +73,11 @@ class Row:
         """Tokens of prompt and answer."""
         return len(self.codes) + len(self.ids)
 
+    @property
+    def stored(self) -> int:
+        """Of which keys and values are known: of all but the last."""
+        return self.length - 1
+
 
 def wait_for_end(thread: threading.Thread) -> None:
     """Until the system's thread is gone, where that can be seen; Python before 3.13 says so earlier.

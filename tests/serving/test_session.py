@@ -141,9 +141,10 @@ def test_draw_inverts_the_distribution(tiny):
 
     draw, rows = decoding.Draw(Three()), [0.0, 0.6, 0.7, 0.95]
     hidden = mx.zeros((4, 1))
-    # in falling order, without the forbidden one: 0.5, 0.2, 0.1 of 0.8
-    assert draw(hidden, [1.0] * 4, [1.0] * 4, rows).tolist() == [1, 1, 0, 2]
-    assert draw(hidden, [1.0] * 4, [0.7] * 4, rows).tolist() == [1, 1, 1, 0]
+    # without the forbidden one: 0.2, 0.5, 0.1 of 0.8
+    assert draw(hidden, [1.0] * 4, [1.0] * 4, rows).tolist() == [0, 1, 1, 2]
+    assert draw(hidden, [1.0] * 4, [0.7] * 4, rows).tolist() == [0, 1, 1, 1]
+    assert draw(hidden, [1.0] * 4, [0.7, 1.0, 0.1, 1.0], rows).tolist() == [0, 1, 1, 2]
     assert draw(hidden, [0.0, 1.0, 0.0, 1.0], [1.0] * 4, [0.9] * 4).tolist() == [1, 2, 1, 2]
 
 
