@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--single-seconds", type=float, default=20)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--max-batch", type=int, default=64)
     parser.add_argument("--prefix-cache", type=int, default=200, help="MB")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()

@@ -51,7 +51,7 @@ def serve_command(
     stage: Annotated[
         str | None, typer.Option("--stage", help="Of a run: the model after this stage.")
     ] = None,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests decoded together.")] = 32,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests decoded together.")] = 64,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Requests that may wait.")] = 128,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer asked for.")] = 8192,
     max_prompt: Annotated[int | None, typer.Option("--max-prompt", min=1, help="Longest prompt.")] = None,

@@ -42,7 +42,7 @@ class Engine:
         load: Callable[[], Any],
         variants: Mapping[str, Any],
         *,
-        max_rows: int = 32,
+        max_rows: int = 64,
         max_queue: int = 128,
         max_prompt: int | None = None,
         prefix_bytes: int = 1 << 30,
