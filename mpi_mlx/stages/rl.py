@@ -220,7 +220,8 @@ class RolloutSource:
     def _score_reference(self, micros: list[RolloutMicro]) -> None:
         with self.model.adapters_disabled():
             for micro in micros:
-                logprobs, _ = score(self.model, micro.pairs, temperature=self.spec.temperature or 1.0)
+                temperature = self.spec.temperature or 1.0
+                logprobs, _ = score(self.model, micro.pairs, temperature=temperature, gradient=False)
                 micro.reference_logprobs = mx.stop_gradient(logprobs)
                 mx.eval(micro.reference_logprobs)
 

@@ -15,10 +15,9 @@ from mpi_mlx.elementwise import exp, logsumexp
 Aggregation = Literal["sequence", "token", "constant"]
 Head = mx.array | tuple[mx.array, mx.array] | Callable[[mx.array], mx.array]
 
-_KEEP_BYTES = 64 * 2**20
-"""Logits up to this size are kept for the backward pass; larger ones are recomputed chunk by chunk."""
-_CHUNK_BYTES = 128 * 2**20
-_CHUNK_BYTES_CPU = 4 * 2**20  # stays in the cache between the passes over it
+_TILE_BYTES = 128 * 2**20
+_TILE_BYTES_CPU = 4 * 2**20  # stays in the cache between the passes over it
+_TILE_ROWS = 1024
 
 
 def token_logprobs(
@@ -27,33 +26,27 @@ def token_logprobs(
     targets: mx.array,
     temperature: float = 1.0,
     chunk: int | None = None,
+    gradient: bool = True,
 ) -> mx.array:
     """Log-probabilities (N,) float32 of `targets` (N,) under softmax(head(hidden) / temperature).
 
-    Logits are computed for `chunk` positions at a time: the forward keeps only their log-sum-exp, the
-    backward computes them again (as in Liger's and Apple's cut cross-entropy). Where all N x V logits take
-    less than 64 MiB they are kept instead, which saves the second matmul.
+    Logits exist in tiles only, `chunk` positions by a stretch of the vocabulary at a time. A log-probability's
+    gradient by its hidden state is W[target] - softmax W, whatever it is multiplied by later: the forward takes it
+    from the exponentials that give the log-sum-exp, and the backward needs no logits at all. (Liger's and Apple's
+    cut cross-entropy compute them a second time.) `gradient=False` spares that where none is wanted.
 
     `head` is the (V, D) output matrix, `(matrix, bias (V,))`, or a callable hidden (n, D) -> logits (n, V)
-    (a quantized head). Gradients reach `hidden` and the arrays; a callable's own parameters count as frozen.
-    `chunk=None` chooses.
+    (a quantized head, taken whole). Gradients reach `hidden` and the arrays; a callable's own parameters count as
+    frozen. `chunk=None` chooses.
 
     >>> token_logprobs(mx.zeros((4, 2)), mx.ones((3, 2)), mx.array([0, 1, 2]))   # -log(4) each
     """
     if targets.size == 0:
         return mx.zeros(targets.shape, mx.float32)
-    width = _vocabulary(head, hidden)
-    if chunk is None:
-        small = mx.default_device().type == mx.DeviceType.cpu
-        chunk = max(32, (_CHUNK_BYTES_CPU if small else _CHUNK_BYTES) // (4 * width))
-    if callable(head):
-        weights, project = [], lambda h: head(h)
-    elif isinstance(head, tuple):
-        weights, project = list(head), lambda h, w, b: mx.addmm(b, h, w.T)
-    else:
-        weights, project = [head], lambda h, w: h @ w.T
-    keep = targets.size * width * 4 <= _KEEP_BYTES
-    return _chosen(project, targets, 1.0 / temperature, chunk, keep)(hidden, *weights)[0]
+    weights = [] if callable(head) else list(head) if isinstance(head, tuple) else [head]
+    tiles = _tiles(targets.size, _vocabulary(head, hidden), chunk, whole=not weights)
+    tiled = _Tiled(None if weights else head, targets, 1.0 / temperature, *tiles)
+    return tiled.function(gradient)(hidden, *weights)[0]
 
 
 def _vocabulary(head: Head, hidden: mx.array) -> int:
@@ -62,66 +55,123 @@ def _vocabulary(head: Head, hidden: mx.array) -> int:
     return (head[0] if isinstance(head, tuple) else head).shape[0]
 
 
-def _chosen(project: Callable, targets: mx.array, inverse: float, chunk: int, keep: bool) -> Callable:
-    """The custom function (hidden, *weights) -> (logprobs (N,), log-sum-exp (N,), *kept logits)."""
-    bounds = [(i, min(i + chunk, targets.size)) for i in range(0, targets.size, chunk)]
-
-    def scaled(h, weights):
-        logits = project(h, *weights).astype(mx.float32)
-        return logits if inverse == 1.0 else logits * inverse
-
-    @mx.custom_function
-    def forward(hidden, *weights):
-        logprobs, normalisers, kept = [], [], []
-        for start, stop in bounds:
-            h = hidden[start:stop]
-            if logprobs:  # one chunk after the other, or all their logits would be alive at once
-                h = mx.depends([h], [logprobs[-1]])[0]
-            logits = scaled(h, weights)
-            normaliser = logsumexp(logits)
-            picked = mx.take_along_axis(logits, targets[start:stop, None], axis=-1).squeeze(-1)
-            logprobs.append(picked - normaliser)
-            normalisers.append(normaliser)
-            if keep:
-                kept.append(logits)
-        return (mx.concatenate(logprobs), mx.concatenate(normalisers), *kept)
-
-    @forward.vjp
-    def backward(primals, cotangents, outputs):
-        hidden, *weights = primals if isinstance(primals, (tuple, list)) else (primals,)
-        grad_hidden, grad_weights = [], None
-        for i, (start, stop) in enumerate(bounds):
-            h, chosen = hidden[start:stop], targets[start:stop]
-            cotangent = cotangents[0][start:stop, None] * inverse
-            if grad_hidden:
-                h = mx.depends([h], [grad_hidden[-1]])[0]
-            logits = outputs[2 + i] if keep else scaled(h, weights)
-            probabilities = exp(logits - outputs[1][start:stop, None])
-            grads = _project_vjp(project, h, weights, chosen, probabilities, cotangent)
-            grad_hidden.append(grads[0])
-            grad_weights = grads[1:] if grad_weights is None else list(map(mx.add, grad_weights, grads[1:]))
-        grad = mx.concatenate(grad_hidden)
-        return (grad, *grad_weights) if weights else grad
-
-    return forward
+Span = tuple[int, int]
 
 
-def _project_vjp(project, h, weights, chosen, probabilities, cotangent) -> list[mx.array]:
-    """Gradients of `h` and of each weight where logits have the gradient (onehot - softmax) x cotangent.
+def _tiles(positions: int, width: int, chunk: int | None, whole: bool) -> tuple[list[Span], list[Span]]:
+    """Spans of positions and of the vocabulary; `whole`: the vocabulary is one span."""
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    limit = (_TILE_BYTES_CPU if on_cpu else _TILE_BYTES) // 4
+    if chunk is None:
+        chunk = max(32, limit // width) if whole else min(positions, _TILE_ROWS)
+    columns = width if whole else min(width, max(1024, limit // chunk))
 
-    The one-hot share is added to the products, not to a matrix of the logits' size. All is lazy: a frozen
-    weight's gradient is never computed.
-    """
-    cotangent = cotangent.astype(h.dtype)
-    spread = probabilities.astype(h.dtype) * -cotangent
-    if not weights:
-        spread = spread.at[mx.arange(chosen.size), chosen].add(cotangent.squeeze(-1))
-        return mx.vjp(project, [h], [spread])[1]
-    matrix = weights[0]
-    grads = [spread @ matrix + cotangent * matrix[chosen], (spread.T @ h).at[chosen].add(cotangent * h)]
-    if len(weights) == 2:
-        grads.append(spread.sum(axis=0).at[chosen].add(cotangent.squeeze(-1)))
-    return grads
+    def spans(total, step):
+        return [(i, min(i + step, total)) for i in range(0, total, step)]
+
+    return spans(positions, chunk), spans(width, columns)
+
+
+class _Tiled(NamedTuple):
+    """The computation behind `token_logprobs`, tile by tile."""
+
+    head: Callable | None  # or weights come as arguments: (matrix,) or (matrix, bias)
+    targets: mx.array
+    inverse: float  # of the temperature
+    rows: list[Span]
+    columns: list[Span]
+
+    def function(self, gradient: bool) -> Callable:
+        """(hidden, *weights) -> (logprobs (N,), log-sum-exp (N,), gradients of the logprobs by hidden (N, D))."""
+
+        @mx.custom_function
+        def forward(hidden, *weights):
+            found, last = [], ()
+            for start, stop in self.rows:
+                # one tile after the other, or all their logits would be alive at once
+                rows = self._rows(_after(hidden[start:stop], last), weights, self.targets[start:stop], gradient)
+                found.append(rows)
+                last = rows
+            return tuple(mx.concatenate(parts) for parts in zip(*found, strict=True))
+
+        @forward.vjp
+        def backward(primals, cotangents, outputs):
+            hidden, *weights = primals if isinstance(primals, (tuple, list)) else (primals,)
+            if not gradient:
+                raise ValueError("token_logprobs(gradient=False) has no gradient")
+            cotangent = cotangents[0][:, None]
+            grad = (cotangent * outputs[2]).astype(hidden.dtype)
+            grads = self._weight_gradients(hidden, weights, cotangent * self.inverse, outputs[1])
+            return (grad, *grads) if weights else grad
+
+        return forward
+
+    def _logits(self, h: mx.array, weights, span: Span) -> mx.array:
+        if self.head is not None:
+            logits = self.head(h)
+        else:
+            matrix, *bias = (w[span[0] : span[1]] for w in weights)
+            logits = mx.addmm(bias[0], h, matrix.T) if bias else h @ matrix.T
+        logits = logits.astype(mx.float32)
+        return logits if self.inverse == 1.0 else logits * self.inverse
+
+    def _rows(self, h: mx.array, weights, targets: mx.array, gradient: bool) -> tuple[mx.array, ...]:
+        """Log-probabilities (n,), log-sum-exps (n,) and, with `gradient`, gradients (n, D) of some positions.
+
+        The softmax is online: what has been summed is scaled down when a later tile holds a larger logit.
+        """
+        chosen, top, total, picked, mean, last = targets[:, None], None, None, None, None, ()
+        for span in self.columns:
+            logits = self._logits(_after(h, last), weights, span)
+            at = mx.clip(chosen - span[0], 0, span[1] - span[0] - 1)
+            found = mx.take_along_axis(logits, at, axis=-1)
+            picked = found if picked is None else mx.where(chosen >= span[0], found, picked)
+            largest = logits.max(axis=-1, keepdims=True)
+            largest = largest if top is None else mx.maximum(top, largest)
+            powers = exp(logits - largest)
+            share = powers.sum(axis=-1, keepdims=True)
+            shrink = None if top is None else exp(top - largest)
+            total = share if shrink is None else total * shrink + share
+            if gradient and weights:
+                matrix = weights[0][span[0] : span[1]]
+                part = (powers.astype(matrix.dtype) @ matrix).astype(mx.float32)
+                mean = part if shrink is None else mean * shrink + part
+            top = largest
+            last = (picked, total) if mean is None else (picked, total, mean)
+        normaliser = top + mx.log(total)
+        out = ((picked - normaliser).squeeze(-1), normaliser.squeeze(-1))
+        if not gradient:
+            return out
+        if weights:
+            return (*out, (weights[0][targets].astype(mx.float32) - mean / total) * self.inverse)
+        spread = (-powers / total).at[mx.arange(targets.size), targets].add(1.0) * self.inverse
+        return (*out, mx.vjp(self.head, [h], [spread.astype(h.dtype)])[1][0].astype(mx.float32))
+
+    def _weight_gradients(self, hidden, weights, cotangent: mx.array, normalisers: mx.array) -> list[mx.array]:
+        """Of the matrix and the bias. Lazy: a frozen weight's gradient is never computed, so its logits are not."""
+        sums: list[list[mx.array]] = []
+        last: tuple[mx.array, ...] = ()
+        for span in self.columns if weights else ():
+            matrix = bias = None
+            for start, stop in self.rows:
+                h = _after(hidden[start:stop], last)
+                powers = exp(self._logits(h, weights, span) - normalisers[start:stop, None])
+                spread = powers * -cotangent[start:stop]
+                part = spread.astype(h.dtype).T @ h
+                matrix = part if matrix is None else matrix + part
+                part = spread.sum(axis=0)
+                bias = part if bias is None else bias + part
+                last = (matrix,)
+            sums.append([matrix, bias])
+        added = [(cotangent * hidden).astype(hidden.dtype), cotangent.squeeze(-1)]
+        return [
+            mx.concatenate([tile[i] for tile in sums]).at[self.targets].add(added[i]) for i in range(len(weights))
+        ]
+
+
+def _after(x: mx.array, before: tuple[mx.array, ...]) -> mx.array:
+    """`x`, once all of `before` have been computed."""
+    return mx.depends([x], list(before))[0] if before else x
 
 
 def entropy(head: Head, hidden: mx.array, temperature: float = 1.0, chunk: int = 256) -> mx.array:

@@ -22,14 +22,19 @@ Group = tuple[object, Sequence[np.ndarray]]
 
 
 def score(
-    model, groups: Sequence[Group], *, temperature: float = 1.0, chunk: int | None = None
+    model,
+    groups: Sequence[Group],
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    gradient: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities (R, T) float32 of completions under their prompts, and which are real: a mask (R, T).
 
     `groups` holds (prompt `Encoded`, completions int (T_i,)) pairs; R runs over groups and, within them, over
     completions. T is the longest completion, rounded up to 8; masked entries are 0. (One padded array serves
-    a loss better than ragged lists do; `split` makes those.) `temperature` divides the logits, `chunk` is
-    that of `token_logprobs`.
+    a loss better than ragged lists do; `split` makes those.) `temperature` divides the logits, `chunk` and
+    `gradient` (False: none is wanted) are those of `token_logprobs`.
 
     Equals `score_plain`: in float32 losses to 1e-5 and gradients to 1e-4 relative. A document that several
     prompts share is forwarded once for them, and so are completions of one prompt that are the same tokens.
@@ -53,6 +58,7 @@ def score(
         mx.array(targets.reshape(-1)[flat]),
         temperature,
         chunk,
+        gradient,
     )
     logprobs = mx.zeros(mask.size).at[index].add(chosen).reshape(mask.shape)
     if order != sorted(order):

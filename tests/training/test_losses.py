@@ -37,9 +37,7 @@ def test_logprobs_of_uniform_head():
 
 @pytest.mark.parametrize("chunk", [None, 4, 11, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("keep", [0, 2**20])
-def test_chunked_equals_plain(problem, chunk, temperature, keep, monkeypatch):
-    monkeypatch.setattr(losses, "_KEEP_BYTES", keep)
+def test_chunked_equals_plain(problem, chunk, temperature):
     weight, hidden, targets, cot, _ = problem
 
     def ours(w, h):
@@ -52,6 +50,30 @@ def test_chunked_equals_plain(problem, chunk, temperature, keep, monkeypatch):
     b, grads_b = mx.value_and_grad(plain, argnums=(0, 1))(weight, hidden)
     assert abs(float(a - b)) < 1e-5 * abs(float(b))
     for x, y in zip(grads_a, grads_b, strict=True):
+        assert relative(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tiles_of_the_vocabulary_equal_plain(bias, monkeypatch):
+    """2,500 tokens in tiles of 1,024, 1,024 and 452; targets on both sides of every border."""
+    monkeypatch.setattr(losses, "_TILE_BYTES", 4096)
+    monkeypatch.setattr(losses, "_TILE_BYTES_CPU", 4096)
+    mx.random.seed(2)
+    weight, hidden, b = mx.random.normal((2500, 16)), mx.random.normal((7, 16)), mx.random.normal((2500,))
+    targets, cot = mx.array([0, 1023, 1024, 2047, 2048, 2499, 1500]), mx.random.normal((7,))
+    assert losses._tiles(7, 2500, 3, False) == ([(0, 3), (3, 6), (6, 7)], [(0, 1024), (1024, 2048), (2048, 2500)])
+
+    def ours(w, h, b):
+        return (losses.token_logprobs((w, b) if bias else w, h, targets, 0.7, 3) * cot).sum()
+
+    def plain(w, h, b):
+        return (plain_logprobs(w, h, targets, 0.7, b if bias else None) * cot).sum()
+
+    which = (0, 1, 2) if bias else (0, 1)
+    a, grads_a = mx.value_and_grad(ours, argnums=which)(weight, hidden, b)
+    c, grads_c = mx.value_and_grad(plain, argnums=which)(weight, hidden, b)
+    assert abs(float(a - c)) < 1e-5 * abs(float(c))
+    for x, y in zip(grads_a, grads_c, strict=True):
         assert relative(x, y) < 1e-5
 
 
@@ -85,12 +107,19 @@ def test_tied_head_adds_to_the_embedding_gradient(problem):
     assert relative(ours(weight), plain(weight)) < 1e-5
 
 
+def test_without_gradient_the_values_are_the_same(problem):
+    weight, hidden, targets, _, _ = problem
+    values = losses.token_logprobs(weight, hidden, targets, chunk=4, gradient=False)
+    assert (values == losses.token_logprobs(weight, hidden, targets, chunk=4)).all()
+    with pytest.raises(ValueError, match="no gradient"):
+        mx.eval(mx.grad(lambda h: losses.token_logprobs(weight, h, targets, gradient=False).sum())(hidden))
+
+
 def test_no_targets():
     assert losses.token_logprobs(mx.zeros((4, 2)), mx.zeros((0, 2)), mx.zeros((0,), mx.int32)).shape == (0,)
 
 
-def test_chunks_bound_the_memory(monkeypatch):
-    monkeypatch.setattr(losses, "_KEEP_BYTES", 0)
+def test_chunks_bound_the_memory():
     weight, hidden = mx.random.normal((4096, 8)), mx.random.normal((4096, 8))
     targets = mx.random.randint(0, 4096, (4096,))
     grad = mx.grad(lambda h: losses.token_logprobs(weight, h, targets, chunk=64).sum())
