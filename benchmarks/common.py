@@ -20,8 +20,12 @@ PEERS = {
     "mlx-lm": ["mlx-lm==0.32.2"],
     "mlx-lm-lora": ["mlx-lm-lora==5.10.2"],
     "inductive-mlxrl": ["inductive-mlxrl==0.2.4", "mlx-lm==0.32.2"],
+    "textpolicy": ["textpolicy==0.1.11", "mlx-lm==0.32.2"],
     "mlx-train-perf": ["mlx-train-perf[mlx-lm]==0.9.1"],  # pins mlx 0.32.0 itself
 }
+
+
+NEEDS = {"textpolicy": (3, 12)}  # the oldest Python a peer installs on, where that is newer than ours
 
 
 def peer_python(name: str) -> str:
@@ -35,12 +39,24 @@ def peer_python(name: str) -> str:
     folder = CACHE / "environments" / name
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        venv.create(folder, with_pip=True, clear=True)
+        _environment(folder, NEEDS.get(name))
         version = "0.32.0" if name == "mlx-train-perf" else "0.32.4"
         mlx = [f"mlx[cpu]=={version}" if sys.platform == "linux" else f"mlx=={version}"]
         subprocess.run([python, "-m", "pip", "install", "-q", *mlx, *PEERS[name]], check=True)
         (folder / "complete").touch()
     return str(python)
+
+
+def _environment(folder: Path, oldest: tuple[int, int] | None) -> None:
+    """An empty environment on this Python, or on a newer one that PATH holds."""
+    if oldest is None or sys.version_info >= oldest:
+        venv.create(folder, with_pip=True, clear=True)
+        return
+    found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(oldest[1], oldest[1] + 6)))
+    python = next(found, None)
+    if python is None:
+        raise SystemExit(f"{folder.name} needs Python {oldest[0]}.{oldest[1]}: put a python3.{oldest[1]} on PATH")
+    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
 
 
 def blas() -> str | None:
@@ -83,13 +99,24 @@ def _log(name: str):
     return open(CACHE / "logs" / f"{name}.log", "a")
 
 
-def alternate(sides: list[Side], repeats: int = 5, warmup: int = 1) -> dict[str, list[dict]]:
-    """Measure the sides in turn, so that what else the machine does hits all alike."""
+def alternate(
+    sides: list[Side], repeats: int = 5, warmup: int = 1, earlier: str | None = None, cold: tuple[str, ...] = ()
+) -> dict[str, list[dict]]:
+    """Measure the sides in turn, so that what else the machine does hits all alike.
+
+    `earlier`: the name of a saved result whose repeats these are added to, for machines that are quiet only in pieces.
+    `cold`: sides without a warm-up, whose single measurement takes minutes.
+    """
+    if earlier:
+        before = json.loads((HERE / "results" / f"{earlier}.json").read_text())["results"]
+        for side in sides:
+            side.results += before[side.name]
     for round_ in range(warmup + repeats):
         for side in sides:
-            result = side.measure()
             if round_ >= warmup:
-                side.results.append(result)
+                side.results.append(side.measure())
+            elif side.name not in cold:
+                side.measure()
     for side in sides:
         side.close()
     return {side.name: side.results for side in sides}
@@ -112,9 +139,12 @@ def save(name: str, result: dict) -> None:
     (HERE / "results" / f"{name}.json").write_text(json.dumps({"where": where, **result}, indent=1) + "\n")
 
 
-def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: int = 6) -> Path:
-    """A random checkpoint folder in float32: `qwen2_5_vl` of about 8M parameters, or `llama` like it."""
-    folder = CACHE / "checkpoints" / f"{kind}-{vocabulary}-{hidden}-{layers}"
+def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: int = 6, head: int = 32) -> Path:
+    """A random checkpoint folder in float32: `qwen2_5_vl` of about 8M parameters, or `llama` like it.
+
+    `head`: the size of an attention head; there are half as many of keys and values as of queries.
+    """
+    folder = CACHE / "checkpoints" / f"{kind}-{vocabulary}-{hidden}-{layers}-{head}"
     if (folder / "model.safetensors").exists():
         return folder
     import mlx.core as mx
@@ -128,7 +158,7 @@ def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: 
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((tiny / "config.json").read_text())
     config.update(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=704)
-    config.update(num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 64))
+    config.update(num_attention_heads=hidden // head, num_key_value_heads=max(1, hidden // (2 * head)))
     config["max_position_embeddings"] = 32768
     if kind == "llama":
         config.update(model_type="llama", architectures=["LlamaForCausalLM"])
@@ -150,10 +180,10 @@ def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: 
 
 
 def words(count: int, seed: int) -> str:
-    """`count` words that are one token each in the tiny vocabulary, or nearly."""
+    """`count` words that are one token each in the checkpoints' vocabulary."""
     import random
 
-    pool = "the red blue green cube sphere largest small left right colour answer yes no if then only".split()
+    pool = "the red blue green gray brown cube sphere cylinder metal small left right color answer yes no".split()
     return " ".join(random.Random(seed).choices(pool, k=count))
 
 

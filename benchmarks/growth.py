@@ -1,11 +1,18 @@
-"""Our RL step's time against the prompt's length and the group's size: a table and a figure.
+"""Our RL step's time against the prompts' length and the groups' size, and the prompts' share of the update.
 
-python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32]
+python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add]
+
+The share: seconds that the prompts' own forward and backward take alone (gradients arriving at every layer's keys and
+values, as the completions send them), of the update's.
 """
 
 import argparse
+import json
 
 import common
+
+PROMPTS, TOKENS = 4, 48
+TEMPLATE = 12  # tokens of a prompt that are not its words
 
 
 def main() -> None:
@@ -13,44 +20,75 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32])
+    parser.add_argument("--add", action="store_true", help="to the lengths in results/")
     options = parser.parse_args()
-    folder = str(common.checkpoint("llama"))
-    table = {}
+    file = common.HERE / "results" / "growth.json"
+    rows = json.loads(file.read_text())["table"] if options.add else []
+    table = {(r["length"], r["group"]): r for r in rows}
     for length in options.lengths:
-        for group in options.groups:
-            prompts = [{"text": common.words(length - 16, i)} for i in range(4)]
-            work = dict(checkpoint=folder, prompts=prompts, group=group, tokens=48)
-            side = common.Side("mpi-mlx", "ours_rl.py", **work)
-            rows = common.alternate([side], options.repeats)["mpi-mlx"]
-            total, rollout = common.median(rows), common.median(rows, "rollout_seconds")
-            table[length, group] = {"length": length, "group": group, "seconds": total, "rollout": rollout}
-            print(f"prompts of {length:5d}, groups of {group:3d}: {total:.3f} s ({rollout:.3f} rollout)")
-    for length in options.lengths:
-        pairs = zip(options.groups[:-1], options.groups[1:], strict=True)
+        for group, row in zip(options.groups, measure(length, options), strict=True):
+            table[length, group] = {"length": length, "group": group, **row}
+            show(table[length, group])
+    common.save("growth", {"table": [table[key] for key in sorted(table)]})
+    for length in sorted({length for length, _ in table}):
+        groups = sorted(group for at, group in table if at == length)
+        pairs = zip(groups[:-1], groups[1:], strict=True)
         steps = [table[length, b]["seconds"] / table[length, a]["seconds"] for a, b in pairs]
         print(f"{length:5d} tokens: the next group size costs x {', '.join(f'{s:.2f}' for s in steps)}")
-    common.save("growth", {"table": list(table.values())})
-    figure(table, options)
+    figure(table)
 
 
-def figure(table: dict, options) -> None:
+def measure(length: int, options) -> list[dict]:
+    """Medians of a step for each group size, the sizes measured in turn."""
+    folder = str(common.checkpoint("llama"))
+    prompts = [{"text": common.words(length - TEMPLATE, i)} for i in range(PROMPTS)]
+    work = dict(checkpoint=folder, prompts=prompts, tokens=TOKENS, phases=True)
+    sides = [common.Side(str(group), "ours_rl.py", group=group, **work) for group in options.groups]
+    results = common.alternate(sides, options.repeats)
+    keys = ("seconds", "rollout_seconds", "update_seconds", "prompt_seconds")
+    return [{key: common.median(results[side.name], key) for key in keys} for side in sides]
+
+
+def show(row: dict) -> None:
+    share = row["prompt_seconds"] / row["update_seconds"]
+    print(
+        f"prompts of {row['length']:5d}, groups of {row['group']:3d}: {row['seconds']:.3f} s, "
+        f"{row['rollout_seconds']:.3f} of it rollout; the prompts are {share:.2f} of the update"
+    )
+
+
+def figure(table: dict) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for group in options.groups:
-        seconds = [table[length, group]["seconds"] for length in options.lengths]
-        axes[0].plot(options.lengths, seconds, "o-", label=group)
-    for length in options.lengths:
-        seconds = [table[length, group]["seconds"] for group in options.groups]
-        axes[1].plot(options.groups, seconds, "o-", label=length)
-    for axis, name, legend in ((axes[0], "prompt tokens", "group"), (axes[1], "group size", "tokens")):
-        axis.set(xlabel=name, xscale="log", yscale="log")
+    lengths, groups = (sorted({key[i] for key in table}) for i in (0, 1))
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+
+    def curves(axis, along, families, value, legend):
+        for family in families:
+            points = [(x, value(*((x, family) if along is lengths else (family, x)))) for x in along]
+            axis.plot(*zip(*points, strict=True), "o-", label=family)
+        axis.set(xscale="log", xlabel="prompt tokens" if along is lengths else "group size")
+        axis.set_xticks(along, labels=along)
+        axis.minorticks_off()
         axis.legend(title=legend, fontsize=7)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds an RL step (4 prompts, 48 tokens)")
+
+    def seconds(length, group):
+        return table[length, group]["seconds"]
+
+    def share(length, group):
+        row = table[length, group]
+        return row["prompt_seconds"] / row["update_seconds"]
+
+    curves(axes[0], lengths, groups, seconds, "group")
+    curves(axes[1], groups, lengths, seconds, "tokens")
+    curves(axes[2], groups, lengths, share, "tokens")
+    for axis in axes[:2]:
+        axis.set(yscale="log", ylabel=f"seconds an RL step ({PROMPTS} prompts, {TOKENS} tokens)")
+    axes[2].set(ylim=(0, 1), ylabel="prompts' share of the update")
     fig.tight_layout()
     fig.savefig(common.HERE / "results" / "growth.png", dpi=150)
 

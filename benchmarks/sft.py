@@ -1,6 +1,6 @@
 """Supervised fine-tuning: images against mlx-vlm, text of unequal lengths against mlx-lm and mlx-train-perf.
 
-python benchmarks/sft.py [--repeats 5] [--only images|text]
+python benchmarks/sft.py [--repeats 5] [--only images|text] [--add]
 """
 
 import argparse
@@ -8,9 +8,9 @@ import argparse
 import common
 
 
-def compare(name: str, sides: list, repeats: int, wanted: dict[str, float]) -> None:
+def compare(name: str, sides: list, options, wanted: dict[str, float]) -> None:
     """Seconds a trained token of each side as a share of the first's, which is ours."""
-    results = common.alternate(sides, repeats)
+    results = common.alternate(sides, options.repeats, earlier=f"sft_{name}" if options.add else None)
     per_token = {
         side: common.median([{"seconds": 1e6 * r["seconds"] / max(r["tokens"], 1)} for r in rows])
         for side, rows in results.items()
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["images", "text"])
+    parser.add_argument("--add", action="store_true", help="to the repeats in results/")
     options = parser.parse_args()
     if options.only in (None, "images"):
         rows = [
@@ -38,20 +39,20 @@ def main() -> None:
             common.Side("mpi-mlx", "ours_sft.py", **work),
             common.Side("mlx-vlm", "mlx_vlm_sft.py", common.peer_python("mlx-vlm"), **work),
         ]
-        compare("images", sides, options.repeats, {"mlx-vlm": 0.5})
+        compare("images", sides, options, {"mlx-vlm": 0.5})
     if options.only in (None, "text"):
         rows = [
             {"query": common.words(10, i), "answer": common.words(50 + (i * 37 % 64) * 350 // 63, 1000 + i)}
             for i in range(64)
         ]
-        work = dict(checkpoint=str(common.checkpoint("llama")), rows=rows, epochs=1, batch=8)
+        work = dict(checkpoint=str(common.checkpoint("llama", head=64)), rows=rows, epochs=1, batch=8)
         sides = [
             common.Side("mpi-mlx", "ours_sft.py", **work),
             common.Side("mlx-lm", "mlx_lm_sft.py", common.peer_python("mlx-lm"), **work),
         ]
         python = common.peer_python("mlx-train-perf")
         sides.append(common.Side("mlx-train-perf", "mlx_lm_sft.py", python, packed=True, **work))
-        compare("text", sides, options.repeats, {"mlx-lm": 0.7, "mlx-train-perf": 1.0})
+        compare("text", sides, options, {"mlx-lm": 0.7, "mlx-train-perf": 1.0})
 
 
 if __name__ == "__main__":

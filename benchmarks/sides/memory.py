@@ -1,7 +1,6 @@
-"""Peak memory of one update; `what` is ours_sft, mlx_lm_sft, ours_rl or mlx_vlm_rl.
+"""Peak memory of one update; `what` is ours_sft, mlx_lm_sft or mlx_vlm_rl (ours in RL: `ours_rl.py`).
 
-The RL update scores and differentiates a group of random completions of one image prompt; mlx-vlm's takes one
-completion at a time, so one is measured.
+mlx-vlm's RL update scores and differentiates one completion after the other, so one is measured.
 """
 
 from wire import preload_blas, report, settings, wait
@@ -14,35 +13,24 @@ import numpy as np  # noqa: E402
 
 options = settings()
 rng = np.random.default_rng(0)
-length, group, tokens = options["length"], options.get("group", 16), options.get("tokens", 48)
+length, tokens = options["length"], options.get("tokens", 48)
 what, checkpoint, text, image = (options.get(k) for k in ("what", "checkpoint", "text", "image"))
-if what.startswith("ours"):
+if what == "ours_sft":
     from types import SimpleNamespace
 
     from mpi_mlx.models import load_model
     from mpi_mlx.models.lora import attach_lora
     from mpi_mlx.training import losses
-    from mpi_mlx.training.score import score
 
     model = load_model(checkpoint, dtype="float32")
     lora = dict(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", kind="lora", projector=False)
     attach_lora(model, SimpleNamespace(**lora))
     net = model.net
-    if what == "ours_sft":
-        ids = mx.array(rng.integers(10, 1000, (1, length + 1)))
+    ids = mx.array(rng.integers(10, 1000, (1, length + 1)))
 
-        def loss():
-            hidden = model.hidden(model.embed(ids[:, :-1]), mx.arange(length)[None])[0]
-            return -losses.token_logprobs(model.head_weight(), hidden, ids[0, 1:]).mean()
-    else:
-        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-        prompt = model.encode([{"role": "user", "content": content}], generation_prompt=True)
-        model.features(prompt.images)
-        completions = [rng.integers(10, 1000, tokens).astype(np.int32) for _ in range(group)]
-
-        def loss():
-            logprobs, mask = score(model, [(prompt, completions)])
-            return losses.aggregate(-logprobs, mask, "token")[0]
+    def loss():
+        hidden = model.hidden(model.embed(ids[:, :-1]), mx.arange(length)[None])[0]
+        return -losses.token_logprobs(model.head_weight(), hidden, ids[0, 1:]).mean()
 
 elif what == "mlx_lm_sft":
     from mlx_lm import load

@@ -1,4 +1,8 @@
-"""mlx_lm.lora's trainer; with `packed`, mlx-train-perf's packing and chunked loss in it."""
+"""mlx_lm.lora's trainer; with `packed`, mlx-train-perf's packing and chunked loss in it.
+
+mlx-train-perf's attention to packed rows is a Metal kernel, with a slow reference beside it. Where there is no
+Metal, its rows go through mlx-lm's own attention with their block-diagonal mask instead, which is quicker.
+"""
 
 from functools import partial
 
@@ -26,18 +30,42 @@ def encoded(row):
     return list(whole), len(prompt)
 
 
+def packed_loss(model):
+    if mx.metal.is_available() or options.get("reference"):
+        from mlx_train_perf.adapters.mlx_lm import make_packed_loss_fn
+        from mlx_train_perf.attention import enable_flash_attention
+
+        kernel = mx.metal.is_available()
+        enable_flash_attention(model, impl="auto" if kernel else "reference", packed=True)
+        return make_packed_loss_fn(model, impl="auto" if kernel else "chunked")
+    from mlx_train_perf.adapters.mlx_lm import split_model
+    from mlx_train_perf.attention.segments import segment_allowed
+    from mlx_train_perf.core.loss import linear_cross_entropy
+
+    def loss(model, batch, segments, starts, weights):
+        mask, hidden = segment_allowed(segments), model.model.embed_tokens(batch[:, :-1])
+        for layer in model.model.layers:
+            hidden = layer(hidden, mask, None)
+        options = dict(impl="chunked", reduction="none", validate_targets=False)
+        losses = linear_cross_entropy(model.model.norm(hidden), split_model(model)[1], batch[:, 1:], **options)
+        return (losses * weights).sum() / weights.sum(), weights.sum()
+
+    return loss
+
+
 rows = [encoded(row) for row in options["rows"]]
 batch, loss, batches = options["batch"], default_loss, iterate_batches
 steps = options["epochs"] * len(rows) // batch
 longest = max(len(ids) for ids, _ in rows)
 if options.get("packed"):
-    from mlx_train_perf.adapters.mlx_lm import make_packed_loss_fn
     from mlx_train_perf.data.packing import pack_indices, packed_iterate_batches
 
-    loss = make_packed_loss_fn(model)
-    packs = len(pack_indices([len(ids) for ids, _ in rows], longest, seed=0, epoch=0))
-    batches = partial(packed_iterate_batches, pack_len=longest, seed=0)
-    batch, steps = 1, options["epochs"] * packs
+    length = options.get("pack_length") or longest
+    packs = len(pack_indices([len(ids) for ids, _ in rows], length, seed=0, epoch=0))
+    batches = partial(packed_iterate_batches, seed=0)
+    batch, longest = options.get("pack_batch", 1), length
+    steps = options["epochs"] * (packs // batch)
+    loss = packed_loss(model)
 
 
 class Callback:

@@ -43,7 +43,7 @@ class Callback:
             seconds=info["data_time_per_step"] + info["step_time"],
             cpu_seconds=spent["cpu_seconds"],
             rollout_seconds=info["data_time_per_step"],
-            tokens=info.get("average_generated_tokens", 0),
+            tokens=info["train_average_generated_tokens"], length=info["average_sequence_length"],
             peak=mx.get_peak_memory(),
         )
         self.next()

@@ -28,10 +28,11 @@ steps = options["epochs"] * len(rows) // options["batch"]
 
 
 class Callback:
-    clock = None
+    clock, before = None, 0
 
     def on_train_loss_report(self, info):
-        report(**self.clock.read(), tokens=info.get("trained_tokens", 0), peak=mx.get_peak_memory())
+        tokens, self.before = info["trained_tokens"] - self.before, info["trained_tokens"]
+        report(**self.clock.read(), tokens=tokens, peak=mx.get_peak_memory())
         self.next()
 
     def on_val_loss_report(self, info):

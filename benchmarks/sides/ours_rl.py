@@ -7,6 +7,7 @@ from wire import Clock, preload_blas, report, settings, wait
 preload_blas()
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
 
 from mpi_mlx.documents import from_text  # noqa: E402
 from mpi_mlx.models import load_model  # noqa: E402
@@ -14,6 +15,7 @@ from mpi_mlx.models.lora import attach_lora  # noqa: E402
 from mpi_mlx.stages.rl import RolloutObjective, RolloutSource  # noqa: E402
 from mpi_mlx.training.fit import fit  # noqa: E402
 from mpi_mlx.training.optimizer import Optimizer  # noqa: E402
+from mpi_mlx.training.score import _prefix_blocks  # noqa: E402
 
 options = settings()
 
@@ -44,7 +46,7 @@ model.eos_ids = frozenset()  # completions of full length on all sides
 lora = dict(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", kind="lora", projector=False)
 attach_lora(model, SimpleNamespace(**lora))
 spec = SimpleNamespace(
-    stage="rl", algorithm="grpo", prompts=len(options["prompts"]), group_size=options["group"],
+    stage="rl", algorithm="grpo", steps=10**9, prompts=len(options["prompts"]), group_size=options["group"],
     policy_aware=options.get("policy_aware", 0), policy_aware_sampler="model", importance_weight=False,
     clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperature=1.0, top_p=1.0,
     max_completion_tokens=options["tokens"], updates_per_rollout=1, aggregation="sequence", max_refill=0,
@@ -64,11 +66,29 @@ rollout = {}
 def timed(step):
     clock = Clock()
     batch = drawing(step)
-    rollout.update(clock.read())
+    rollout.update(clock.read(), peak=mx.get_peak_memory(), micros=batch.micros)
+    mx.reset_peak_memory()
+    rows = [(len(g.prompt), len(r.completion_ids)) for m in batch.micros for g in m.groups for r in g.rollouts]
+    rollout.update(tokens=sum(t for _, t in rows) / len(rows), length=sum(map(sum, rows)) / len(rows))
     return batch
 
 
 source.batch = timed
+
+
+def prompts_alone() -> dict:
+    """Seconds of the last batch's prompts' own forward and backward, without their completions'."""
+
+    def loss(pairs):
+        blocks, _ = _prefix_blocks(model, pairs)
+        return sum(x.sum() for b in blocks for p in b.prefixes for x in (*p.keys, *p.values))
+
+    clock = Clock()
+    for micro in rollout["micros"]:
+        mx.eval(nn.value_and_grad(model.net, loss)(micro.pairs))
+    return {"prompt_seconds": clock.read()["seconds"]}
+
+
 steps = fit(
     model.net, source, RolloutObjective(model, spec), spec, total=10**9, seed=0, optimizer=optimizer
 )
@@ -78,5 +98,7 @@ while True:
     clock = Clock()
     step = next(steps)
     spent = clock.read()
-    drift = step.metrics["drift"]
-    report(**spent, rollout_seconds=rollout["seconds"], drift=drift, peak=mx.get_peak_memory())
+    same = {"tokens": rollout["tokens"], "length": rollout["length"], "drift": step.metrics["drift"]}
+    peaks = {"peak": max(rollout["peak"], mx.get_peak_memory()), "update_peak": mx.get_peak_memory()}
+    phases = {"rollout_seconds": rollout["seconds"], "update_seconds": spent["seconds"] - rollout["seconds"]}
+    report(**spent, **phases, **(prompts_alone() if options.get("phases") else {}), **same, **peaks)
