@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -76,7 +78,7 @@ def chat_command(
             top_p=target.top_p if top_p is None else top_p, seed=seed,
         )  # fmt: skip
     for path in image or ():
-        session.attach(str(path))
+        attach(session, path)
     if not sys.stdin.isatty():
         _answer_pipe(session, bool(reasoning))
         return
@@ -94,11 +96,24 @@ def _session(target, document: Path | None, in_context: bool, toolbox, system, *
         found = load_document(document)
     else:
         found = target.document()
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # what is too long, the session says better
     model = target.load()
     descriptions = None if toolbox is None else toolbox.descriptions
     return ChatSession(
         model, document=found, in_context=in_context, system=system, tools=descriptions, **sampling
     )
+
+
+def attach(session, path: Path) -> None:
+    """Shows a picture with the next question. Raises ServingError, in words for a person who gave its path."""
+    from mpi_mlx.errors import DataError, ServingError
+
+    if not os.path.exists(path):
+        raise ServingError(f"{path}: no such picture; check the path")
+    try:
+        session.attach(str(path))
+    except DataError:
+        raise ServingError(f"{path} is no picture that can be read, such as PNG or JPEG; give another") from None
 
 
 @contextlib.contextmanager
@@ -111,6 +126,28 @@ def _loading(name: str):
 
     with Console(stderr=True).status(f"loading {name}"):
         yield
+
+
+@contextlib.contextmanager
+def unechoed():
+    """Within, what is typed waits for the next prompt unseen: echoed, it would tear the answer's display."""
+    try:
+        import termios
+    except ImportError:
+        yield
+        return
+    try:
+        place = sys.stdin.fileno()
+        before = termios.tcgetattr(place)
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(place, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
@@ -133,7 +170,10 @@ def _answer_pipe(session, show_reasoning: bool) -> None:
     """All of stdin as one question; the answer goes to stdout as it comes."""
     from mpi_mlx.errors import ServingError
 
-    question = sys.stdin.read().strip()
+    try:
+        question = sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ServingError("what came through the pipe is no text in UTF-8; pictures come with --image") from None
     if not question:
         raise ServingError('no question came through the pipe; try: echo "..." | mpi-mlx chat RUN')
     printed = ""

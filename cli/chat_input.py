@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -37,6 +38,15 @@ def dropped_picture(line: str) -> Path | None:
         return None
     path = dropped_path(line)
     return path if path.suffix.lower() in PICTURES and os.path.isfile(path) else None
+
+
+def leading_picture(line: str) -> tuple[Path, str] | None:
+    """(picture, the rest), where a line begins with a picture's path: dropped, and then written on."""
+    found = re.match(r"""\s*('[^']+'|"[^"]+"|(?:/|~|file://)(?:\\.|\S)*)\s+(?=\S)""", line)
+    if found is None:
+        return None
+    path = dropped_picture(found[1])
+    return None if path is None else (path, line[found.end() :])
 
 
 def history_file() -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mpi_mlx_cli.chat import COMMANDS, interrupts_stop
-from mpi_mlx_cli.chat_input import dropped_path, dropped_picture, prompt_session
+from mpi_mlx_cli.chat import COMMANDS, attach, interrupts_stop, unechoed
+from mpi_mlx_cli.chat_input import dropped_path, dropped_picture, leading_picture, prompt_session
 from mpi_mlx_cli.chat_view import LiveAnswer, comparison, result_card, stats_table, tool_card
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +65,10 @@ class ChatLoop:
         if picture is not None:
             self._image(str(picture))
             return True
+        leading = leading_picture(line)
+        if leading is not None:
+            self._image(str(leading[0]))
+            return self.handle(leading[1])
         word, _, rest = line.strip().partition(" ")
         if word in ("/exit", "/quit"):
             return False
@@ -93,7 +97,7 @@ class ChatLoop:
     def _show(self, pieces: Iterable[str]) -> None:
         """Shows an answer as it is written."""
         self.console.print()
-        with interrupts_stop(self.session), LiveAnswer(
+        with interrupts_stop(self.session), unechoed(), LiveAnswer(
             self.console, self.show_reasoning, self.session.calls
         ) as live:
             for _ in pieces:
@@ -141,7 +145,7 @@ class ChatLoop:
         first = self.session.reply
         how = "without the document" if first.in_context else "with the document in context"
         self._note(f"the same question {how}")
-        with interrupts_stop(self.session), self.console.status("answering"):
+        with interrupts_stop(self.session), unechoed(), self.console.status("answering"):
             for _ in self.session.again(not first.in_context):
                 pass
         self.console.print(comparison(first, self.session.reply))
@@ -154,7 +158,7 @@ class ChatLoop:
             self._note("/image PATH, or drop the file on the terminal")
             return
         path = dropped_path(rest)
-        self.session.attach(str(path))
+        attach(self.session, path)
         self._note(f"{path.name} goes with the next question")
 
     def _document(self, rest: str) -> None:

@@ -79,6 +79,8 @@ def serve_command(
         label, equals, run = given.partition("=")
         if not (label and equals and run) or label in targets:
             raise ServingError(f"--adapter {given}: NAME=RUN, each name once")
+        if not Path(run).expanduser().exists():
+            raise ServingError(f"--adapter {given}: no such folder; NAME=RUN takes a run or an adapter")
         other = resolve_target(run)
         if other.base != target.base or other.adapter is None:
             raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
@@ -116,6 +118,8 @@ def _bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+    except socket.gaierror as error:
+        raise ServingError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     except OSError as error:
         raise ServingError(f"port {port} on {host}: {error.strerror}; choose another --port") from None
     return listening

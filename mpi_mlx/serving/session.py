@@ -115,6 +115,7 @@ class ChatSession:
         self.reply: Reply | None = None
         self.pending: list[Any] = []
         self._draw = decoding.Draw(model)
+        self._widest = max(map(len, model.tokenizer.get_vocab()))  # characters of the longest token
         self._random = np.random.default_rng(seed)
         self._kept: dict[bool, tuple[np.ndarray, list]] = {}
         self._stop = False
@@ -157,6 +158,9 @@ class ChatSession:
         Raises:
             DataError, ModelError, ServingError: the model cannot take the conversation; it may be too long.
         """
+        limit = context_length(self.model)
+        if limit is not None and len(text) > limit * self._widest:  # not even tokenized, which would take long
+            raise ServingError(f"the question has {len(text):,} characters, the model takes {limit:,} tokens")
         content: Any = text
         if self.pending:
             content = [{"type": "image", "image": image} for image in self.pending]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mpi_mlx_cli.chat_input import dropped_path, dropped_picture
+from mpi_mlx_cli.chat_input import dropped_path, dropped_picture, leading_picture
 from mpi_mlx_cli.chat_loop import ChatLoop
 from mpi_mlx_cli.chat_view import HERMES, _last_break
 from PIL import Image
@@ -50,6 +50,10 @@ def test_a_pipe_gets_plain_text(folder, tmp_path):
     assert done.stdout.strip() == session.reply.answer
     empty = chat(folder, text="")
     assert empty.returncode == 2 and "no question" in empty.stderr
+    command = [sys.executable, "-m", "mpi_mlx_cli.main", "chat", str(folder)]
+    for stdin in (picture.read_bytes(), b"caf\xe9"):
+        binary = subprocess.run(command, input=stdin, capture_output=True, timeout=240)
+        assert binary.returncode == 2 and b"no text in UTF-8" in binary.stderr
 
 
 class Scripted:
@@ -210,6 +214,20 @@ def test_dropped_paths(tmp_path):
         assert dropped_path(typed) == picture and dropped_picture(typed) == picture, typed
     assert dropped_picture("/image") is None and dropped_picture(str(tmp_path)) is None
     assert dropped_picture("what is in the picture.png?" * 50) is None
+
+
+def test_a_dropped_path_that_is_written_on(tmp_path):
+    picture, plain = tmp_path / "my red one.png", tmp_path / "x.png"
+    for path in (picture, plain):
+        Image.new("RGB", (5, 5)).save(path)
+    for typed in (f"'{picture}'", f'"{picture}"', str(picture).replace(" ", "\\ "), picture.as_uri()):
+        assert leading_picture(f"{typed} what  is it?") == (picture, "what  is it?"), typed
+    for line in ("/image x", f"{plain}", f"{tmp_path} what?", "'quoted' words", "/tmp/nothing.png what?"):
+        assert leading_picture(line) is None, line
+    session = Scripted("a cube")
+    shown = screen(session, f"{plain} '{picture}' what?", f"/image {tmp_path / 'none.png'}", f"/image {tmp_path}")
+    assert session.images == [str(plain), str(picture), str(tmp_path)] and "a cube" in shown
+    assert session.messages[0]["content"] == "what?" and "no such picture" in shown
 
 
 def test_blocks_of_markdown_are_cut_where_they_end():

@@ -181,6 +181,8 @@ def test_a_port_that_is_taken_and_hosts_that_are_none(folder):
                               ({"allow_image_dir": folder / "none"}, "no such folder"),
                               ({"adapter": ["x"]}, "NAME=RUN"),
                               ({"adapter": [f"x={folder}"]}, "not an adapter of"),
+                              ({"adapter": [f"x={folder}/none"]}, "no such folder"),
+                              ({"host": "no.such.host.invalid", "api_key": "x"}, "an address of this machine"),
                               ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"),
                               ({"host": "0.0.0.0", "api_key": ""}, "--api-key")):  # fmt: skip
             with pytest.raises(ServingError, match=said):

@@ -82,6 +82,8 @@ def test_a_question_that_cannot_be_asked_is_forgotten(tiny):
     session = ChatSession(tiny, max_tokens=8)
     with pytest.raises(ServingError, match="2,048"):
         text_of(session.ask("yes no " * 3000))
+    with pytest.raises(ServingError, match="3,500,000 characters"):
+        text_of(session.ask("yes no " * 500_000))
     assert session.messages == []
     text_of(session.ask("yes"))
     assert len(session.messages) == 2
