@@ -1,3 +1,4 @@
+import random
 import threading
 
 import pytest
@@ -76,6 +77,39 @@ def test_a_batch_answers_as_each_request_alone(engine, tiny_folder, adapter):
         assert emit.over.wait(60)
         assert emit.text == alone(tiny_folder, question, adapter if variant == "agent" else None, most)
         assert emit.events[0][0] == "begin" and emit.events[-1][0] == "end"
+
+
+def test_rows_of_every_length_and_adapter_at_once(tiny_folder, adapter):
+    """Places of ended rows are taken over, long rows and other adapters have batches beside the others'."""
+    from mpi_mlx.models import load_model
+
+    draw = random.Random(3)
+    pool = "the red blue green cube sphere largest small left right colour answer yes no".split()
+    asked = [
+        (" ".join(draw.choices(pool, k=600 if n in (3, 9) else draw.randrange(1, 60))),
+         "agent" if n % 3 == 1 else "base", draw.randrange(2, 120))
+        for n in range(24)
+    ]  # fmt: skip
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None, "agent": adapter}, max_rows=8)
+    found, seen = [Collected() for _ in asked], set()
+    join = engine._join
+    engine._join = lambda *row: (join(*row), seen.add(tuple(b.variant for b in engine._batches)))
+    engine.start()
+    for (question, variant, most), emit in zip(asked, found, strict=True):
+        engine.submit(job(question, emit, variant, most))
+    sessions = {
+        "base": ChatSession(load_model(tiny_folder)), "agent": ChatSession(load_model(tiny_folder, adapter=adapter))
+    }  # fmt: skip
+    for (question, variant, most), emit in zip(asked, found, strict=True):
+        assert emit.over.wait(60)
+        session = sessions[variant]
+        session.reset()
+        session.max_tokens = most
+        assert emit.text == "".join(session.ask(question)), (question, variant)
+    engine.close()
+    assert engine.active == 0
+    assert any({"base", "agent"} <= set(batches) for batches in seen)  # neither waited for the other
+    assert any(len(batches) > len(set(batches)) for batches in seen)  # a long row among short ones
 
 
 def test_prefixes_are_shared_by_adapter_only(engine):
