@@ -124,7 +124,9 @@ class ChatLoop:
             if self.toolbox is None:
                 continue
             if call["name"] not in self.toolbox:
-                results.append((call["name"] or "?", self.toolbox.call(call["name"], {})))
+                told = self.toolbox.call(call["name"], {})
+                self.console.print(result_card(call["name"] or "?", told))
+                results.append((call["name"] or "?", told))
                 continue
             if not self._confirm(f"run {call['name']}?"):
                 results.append((call["name"], "error: the user did not allow this call"))
