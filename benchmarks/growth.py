@@ -87,8 +87,9 @@ def figure(table: dict) -> None:
     curves(axes[1], groups, lengths, seconds, "tokens")
     curves(axes[2], groups, lengths, share, "tokens")
     for axis in axes[:2]:
-        axis.set(yscale="log", ylabel=f"seconds an RL step ({PROMPTS} prompts, {TOKENS} tokens)")
+        axis.set(yscale="log", ylabel="seconds an RL step")
     axes[2].set(ylim=(0, 1), ylabel="prompts' share of the update")
+    fig.suptitle(f"{PROMPTS} prompts, completions of {TOKENS} tokens", fontsize=10)
     fig.tight_layout()
     fig.savefig(common.HERE / "results" / "growth.png", dpi=150)
 
