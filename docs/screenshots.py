@@ -7,6 +7,7 @@ loop writes to a recorded console, and the server is a process that a script ask
 """
 
 import argparse
+import contextlib
 import io
 import json
 import subprocess
@@ -119,8 +120,6 @@ def chat(target, title: str, picture: Image.Image, question: str, folder: Path) 
     console, lines, model = recorder(), ["/image scene.png", question, "/document both"], target.load()
     list(ChatSession(model, max_tokens=4).ask("hello"))  # the first answer of a process takes longer
     session = ChatSession(model, document=target.document(), max_tokens=target.max_tokens)
-    attach = session.attach
-    session.attach = lambda path: attach(str(folder / path))
 
     def read() -> str:
         if not lines:
@@ -129,7 +128,8 @@ def chat(target, title: str, picture: Image.Image, question: str, folder: Path) 
         return lines.pop(0)
 
     console.print(Text.assemble(("$ ", "bold green"), f"mpi-mlx chat {title}"))
-    ChatLoop(session, target, console=console, read=read).run()
+    with contextlib.chdir(folder):  # where scene.png is
+        ChatLoop(session, target, console=console, read=read).run()
     draw(console, HERE / "chat.png", "mpi-mlx chat", picture)
 
 
