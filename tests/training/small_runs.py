@@ -17,8 +17,8 @@ STAGES = {
         document_fraction=0.5, validate_every=2,
     ),
     "rl": dict(
-        stage="rl", steps=4, prompts=2, group_size=2, policy_aware=1, updates_per_rollout=2, kl_coef=0.1,
-        learning_rate=0.01, max_completion_tokens=6, save_every=2,
+        stage="rl", steps=4, prompts=2, group_size=2, policy_aware=1, policy_aware_sampler="reference", kl_coef=0.1,
+        updates_per_rollout=2, learning_rate=0.01, max_completion_tokens=6, save_every=2,
         # random weights earn nothing else
         rewards=[
             {"kind": "regex", "pattern": "[aeiou]", "of": "completion"}, {"kind": "format", "weight": 0.5},
