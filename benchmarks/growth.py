@@ -1,6 +1,6 @@
 """Our RL step's time against the prompts' length and the groups' size, and the prompts' share of the update.
 
-python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add]
+python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add] [--processor]
 
 The share: seconds that the prompts' own forward and backward take alone (gradients arriving at every layer's keys and
 values, as the completions send them), of the update's.
@@ -12,6 +12,7 @@ import json
 import common
 
 PROMPTS, TOKENS = 4, 48
+PARTS = ("", "rollout_", "update_", "prompt_")
 TEMPLATE = 12  # tokens of a prompt that are not its words
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--add", action="store_true", help="to the lengths in results/")
+    parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that are shared")
     options = parser.parse_args()
     file = common.HERE / "results" / "growth.json"
     rows = json.loads(file.read_text())["table"] if options.add else []
@@ -45,8 +47,11 @@ def measure(length: int, options) -> list[dict]:
     work = dict(checkpoint=folder, prompts=prompts, tokens=TOKENS, phases=True)
     sides = [common.Side(str(group), "ours_rl.py", group=group, **work) for group in options.groups]
     results = common.alternate(sides, options.repeats)
-    keys = ("seconds", "rollout_seconds", "update_seconds", "prompt_seconds")
-    return [{key: common.median(results[side.name], key) for key in keys} for side in sides]
+    kind, rows = "cpu_seconds" if options.processor else "seconds", []
+    for side in sides:
+        row = {f"{part}seconds": common.median(results[side.name], part + kind) for part in PARTS}
+        rows.append(row | {"processor": options.processor})
+    return rows
 
 
 def show(row: dict) -> None:

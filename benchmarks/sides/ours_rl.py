@@ -86,7 +86,8 @@ def prompts_alone() -> dict:
     clock = Clock()
     for micro in rollout["micros"]:
         mx.eval(nn.value_and_grad(model.net, loss)(micro.pairs))
-    return {"prompt_seconds": clock.read()["seconds"]}
+    spent = clock.read()
+    return {"prompt_seconds": spent["seconds"], "prompt_cpu_seconds": spent["cpu_seconds"]}
 
 
 steps = fit(
@@ -100,5 +101,6 @@ while True:
     spent = clock.read()
     same = {"tokens": rollout["tokens"], "length": rollout["length"], "drift": step.metrics["drift"]}
     peaks = {"peak": max(rollout["peak"], mx.get_peak_memory()), "update_peak": mx.get_peak_memory()}
-    phases = {"rollout_seconds": rollout["seconds"], "update_seconds": spent["seconds"] - rollout["seconds"]}
+    phases = {f"rollout_{key}": rollout[key] for key in spent}
+    phases |= {f"update_{key}": spent[key] - rollout[key] for key in spent}
     report(**spent, **phases, **(prompts_alone() if options.get("phases") else {}), **same, **peaks)
