@@ -12,7 +12,9 @@ from mpi_mlx.training.launch import Ended, launch
 from mpi_mlx.training.run import train
 
 DRIVER = Path(__file__).with_name("parallel_run.py")
-DAPO = dict(algorithm="dapo", refill=False, kl_coef=0.0)  # groups without signal are dropped
+# groups without signal are dropped
+DAPO = dict(algorithm="dapo", refill=False, kl_coef=0.0, policy_aware_sampler="model")
+STEPS = (3, 3, 3, 8)
 SETTINGS = [  # a stage, what is changed in it, what is doubled, and its size in each process
     ("cpt", {}, "batch_size", 2),
     ("sft", {"accumulate": 1, "optimizer": "adamw"}, "batch_size", 2),
@@ -26,7 +28,10 @@ def two_and_one(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
 
     def recipe(name, scale):
-        stages = [STAGES[s] | changes | {size: n * scale, "steps": 3} for s, changes, size, n in SETTINGS]
+        stages = [
+            STAGES[s] | changes | {size: n * scale, "steps": steps}
+            for (s, changes, size, n), steps in zip(SETTINGS, STEPS, strict=True)
+        ]
         return write_recipe(folder / name, base, stages, lora={"rank": 2, "alpha": 4})
 
     many, one = recipe("many.yaml", 1), recipe("one.yaml", 2)
@@ -39,7 +44,7 @@ def two_and_one(base, tmp_path_factory):
 @pytest.mark.parametrize("index", range(4), ids=["cpt", "sft", "grpo", "dapo"])
 def test_same_curve_as_one_process_with_twice_the_batch(two_and_one, index):
     many, one = ([r for r in metrics(run) if r["stage_index"] == index] for run in two_and_one)
-    assert len(one) == 3 and any(r["grad_norm"] > 0 for r in one)
+    assert len(one) == len(many) == STEPS[index] and any(r["grad_norm"] > 0 for r in one)
     for name in ("loss", "grad_norm", "tokens") if index < 2 else ("loss", "grad_norm"):
         np.testing.assert_allclose([r[name] for r in many], [r[name] for r in one], rtol=1e-5, atol=1e-5)
     for a, b in zip(many, one, strict=True):
@@ -69,7 +74,7 @@ def test_only_rank_0_writes(two_and_one):
     """Each line is there once, and so is each row of the evaluation, which the processes shared."""
     many, one = two_and_one
     order = [(r["stage_index"], r["step"]) for r in metrics(many)]
-    assert order == [(i, s) for i in range(4) for s in (1, 2, 3)]
+    assert order == [(i, s) for i in range(4) for s in range(1, STEPS[i] + 1)]
     assert [(r["model"], r["n"], r["prompt_tokens"]) for r in result_rows(many)] == [
         (r["model"], r["n"], r["prompt_tokens"]) for r in result_rows(one)
     ]
