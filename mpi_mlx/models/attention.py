@@ -149,21 +149,28 @@ def _over_parts(biases: tuple[mx.array | None, ...], length: int, keep: bool) ->
     return attend
 
 
-def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Causal attention (B, Hq, T, D) of T queries over T keys, in blocks that skip the keys after them."""
+def causal_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, gradient: bool = True
+) -> mx.array:
+    """Causal attention (B, Hq, T, D) of the last T of L tokens over L keys, in blocks that skip the keys after them.
+
+    `gradient` False spares what only a backward pass needs.
+    """
     rows, heads, length, _ = queries.shape
-    keep, outputs = 2 * rows * heads * length**2 <= _KEEP_BYTES, []
-    if keys.shape[2] != length:
+    known = keys.shape[2] - length  # keys before the first query's own
+    keep, outputs = 2 * rows * heads * length * keys.shape[2] <= _KEEP_BYTES, []
+    if known < 0:
         raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
     for start in range(0, length, _CAUSAL_BLOCK):
         stop = min(start + _CAUSAL_BLOCK, length)
+        own, before = slice(known + start, known + stop), slice(0, known + start)
         position = mx.arange(stop - start)
         bias = mx.where(position[:, None] >= position, 0.0, MASKED)[None, None]
-        parts, biases = [(keys[:, :, start:stop], values[:, :, start:stop])], [bias]
-        if start:
-            parts.insert(0, (keys[:, :, :start], values[:, :, :start]))
+        parts, biases = [(keys[:, :, own], values[:, :, own])], [bias]
+        if before.stop:
+            parts.insert(0, (keys[:, :, before], values[:, :, before]))
             biases.insert(0, None)
-        outputs.append(attention_over_parts(queries[:, :, start:stop], parts, biases, scale, keep))
+        outputs.append(attention_over_parts(queries[:, :, start:stop], parts, biases, scale, keep, gradient))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

@@ -10,10 +10,9 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mpi_mlx import elementwise
-from mpi_mlx.models.attention import MASKED, attention_over_parts
+from mpi_mlx.models.attention import MASKED, attention_over_parts, causal_attention
 from mpi_mlx.models.pieces import Piece, embed_pieces
 
-_BLOCK = 128  # queries a block of attention: keys after the block are never looked at
 PREFILL_STEP = 1024  # tokens a forward: bounds activations, and how long a stop waits
 
 
@@ -44,21 +43,9 @@ class PromptCache(KVCache):
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
         """Attention (1, Hq, T, D) of the last T of L tokens over ``keys`` (1, H, L, D), block by block."""
-        new, known = queries.shape[2], keys.shape[2]
-        if isinstance(mask, mx.array) or new == 1:  # a sliding window, or one token, which sees all
+        if isinstance(mask, mx.array) or queries.shape[2] == 1:  # a sliding window, or one token, which sees all
             return _attention(queries, keys, values, scale, mask)
-        outputs = []
-        for start in range(known - new, known, _BLOCK):
-            stop = min(start + _BLOCK, known)
-            place = mx.arange(stop - start)
-            bias = mx.where(place[:, None] >= place, 0.0, MASKED)[None, None]
-            parts, biases = [(keys[:, :, start:stop], values[:, :, start:stop])], [bias]
-            if start:
-                parts.insert(0, (keys[:, :, :start], values[:, :, :start]))
-                biases.insert(0, None)
-            block = queries[:, :, start - known + new : stop - known + new]
-            outputs.append(attention_over_parts(block, parts, biases, scale, gradient=False))
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+        return causal_attention(queries, keys, values, scale, gradient=False)
 
 
 class RowsCache(BatchKVCache):

@@ -81,6 +81,17 @@ def test_causal_in_blocks(slow, length):
     )
 
 
+@pytest.mark.parametrize("new, known", [(1, 9), (5, 3), (7, 0), (6, 20)])
+def test_the_last_queries_see_all_keys_before_them(new, known, monkeypatch):
+    monkeypatch.setattr(attention, "_CAUSAL_BLOCK", 3)
+    arguments = arrays((2, 4, new, 8), (2, 2, known + new, 8), (2, 2, known + new, 8))
+    compare(
+        lambda q, k, v: attention.causal_attention(q, k, v, 0.3),
+        lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal"),
+        arguments,
+    )
+
+
 @pytest.mark.parametrize("mask", [None, "causal", "boolean", "additive"])
 def test_routed_plain_attention_and_swiglu_change_nothing(monkeypatch, mask):
     net = build_net(LLAMA)
