@@ -152,6 +152,7 @@ def _figures(
         settings = {value: sweep_setting(base, key, value) for value in points}
         lines, ceiling = curves(summaries, settings, tuple(VARIANTS))
         lines = [line for line in lines if len(line.x) > 1]
+        ceiling = ceiling if ceiling and len(ceiling.x) > 1 else None  # of one point no line is seen
         if lines:
             title, xlabel = _sweep_titles(key)
             path = folder / f"{key.rpartition('.')[2]}.png"
