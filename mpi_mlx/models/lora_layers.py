@@ -1,8 +1,6 @@
 """LoRA and DoRA layers that mlx-vlm's and mlx-lm's loaders read, with a switch and a cheaper forward."""
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -66,57 +64,12 @@ class LoRALinear(VlmLoRALinear):
         if "_merged" in self and self.switch.enabled:
             product = x @ self._merged.T
             return product + self.linear.bias if "bias" in self.linear else product
-        if not self.switch.enabled:
-            return self.linear(x)
-        if self._one_product(x):
-            bias = [self.linear.bias] if "bias" in self.linear else []
-            return _adapted(self.scale)(x, self.linear.weight, self.lora_a, self.lora_b, *bias)
         y = self.linear(x)
+        if not self.switch.enabled:
+            return y
         # scaling the (T, rank) product, not the (T, outputs) one: element-wise work is what costs on CPU
         z = ((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b
         return y + z.astype(x.dtype)
-
-    def _one_product(self, x: mx.array) -> bool:
-        """Whether W + scale B A is worth making for this input, and changes nothing beyond rounding."""
-        dropping = self.training and self.dropout._p_1 < 1
-        floats = type(self.linear) is nn.Linear and self.linear.weight.dtype == x.dtype == mx.float32
-        inputs, outputs = self.lora_a.shape[0], self.lora_b.shape[1]
-        # making the sum takes rank x inputs x outputs products, the adapter's own rank x rows x (inputs + outputs)
-        worth = x.size // inputs * (inputs + outputs) >= inputs * outputs
-        return floats and not dropping and worth
-
-
-@lru_cache(maxsize=64)
-def _adapted(scale: float) -> Callable:
-    """The function (x (..., inputs), W, A (inputs, rank), B (rank, outputs)[, bias]) -> (..., outputs).
-
-    One product with W + scale B A forwards, one backwards: the adapter's own products have inputs of width ``rank``,
-    which matrix units are slow at, and add to arrays of the outputs' size. The sum is made again for the backward
-    pass, which is cheaper than to keep it.
-    """
-
-    def adapted(weight, a, b):
-        return weight + ((a * scale) @ b).T
-
-    @mx.custom_function
-    def forward(x, weight, a, b, *bias):
-        matrix = adapted(weight, a, b).T
-        return mx.addmm(bias[0], x, matrix) if bias else x @ matrix
-
-    @forward.vjp
-    def backward(primals, cotangent, output):
-        x, weight, a, b, *bias = primals
-        rows, grad = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-        inner = (grad @ b.T) * scale
-        grads = [
-            (grad @ adapted(weight, a, b)).reshape(x.shape),
-            grad.T @ rows,  # lazy: a frozen matrix' gradient is never computed
-            rows.T @ inner,
-            ((rows @ a) * scale).T @ grad,
-        ]
-        return (*grads, grad.sum(axis=0)) if bias else tuple(grads)
-
-    return forward
 
 
 class DoRALinear(VlmDoRALinear):
