@@ -50,9 +50,12 @@ FORMS = (
     ("dapo_policyrollout", "DAPO with PolicyRollout", {"algorithm": "dapo"}),
 )
 # Beyond the table: the policy-aware half drawn by the model with its adapters on and off, SFT without any row that
-# carries the document, and forms of continual pretraining, each beside SFT of as many steps and as many rows with
-# the document.
+# carries the document, SFT for the steps (and the rows with the document) of continual pretraining as well, and forms
+# of continual pretraining, each beside SFT of as many steps and as many rows with the document.
+MATCHED = {"steps": BOTH, "document_fraction": BOTH}
 MORE_STARTS = (
+    ("sft_matched", "CoT-SFT, steps of both", (StageChange("sft", {"steps": BOTH}),)),
+    ("sft_matched_rows", "CoT-SFT, steps and document rows of both", (StageChange("sft", MATCHED),)),
     ("sft_bare", "CoT-SFT, no document rows", (SFT_BARE,)),
     ("cpt_sft_bare", "VM-CPT + CoT-SFT, no document rows", (CPT, SFT_BARE)),
 )
@@ -61,7 +64,6 @@ MORE_FORMS = tuple(
     for who in ("model", "reference")
 )
 CPT_FORMS = (
-    ("rows", "", {}),
     ("plain", ", nothing recited", {"document_questions": 0.0}),
     ("long", ", three times the steps", {"steps": 3}),
 )
@@ -76,11 +78,9 @@ def _variants() -> dict[str, Variant]:
                 changes = {**changes, "reasoning": False}
             chain = (*stages, StageChange("rl", changes))
             found.append(Variant(f"{start}+{form}", f"{start_title} + {form_title}", chain))
-    found.append(Variant("sft_matched", "CoT-SFT, steps of both", (StageChange("sft", {"steps": BOTH}),)))
     for form, said, changes in CPT_FORMS:
-        if changes:
-            found.append(Variant(f"cpt_{form}_sft", f"VM-CPT{said} + CoT-SFT", (StageChange("cpt", changes), SFT)))
-        matched = {"steps": BOTH, "document_fraction": BOTH, **{f"cpt.{k}": v for k, v in changes.items()}}
+        found.append(Variant(f"cpt_{form}_sft", f"VM-CPT{said} + CoT-SFT", (StageChange("cpt", changes), SFT)))
+        matched = {**MATCHED, **{f"cpt.{k}": v for k, v in changes.items()}}
         title = f"CoT-SFT, steps and document rows of both{said}"
         found.append(Variant(f"sft_matched_{form}", title, (StageChange("sft", matched),)))
     return {v.name: v for v in found}
@@ -88,7 +88,7 @@ def _variants() -> dict[str, Variant]:
 
 VARIANTS = _variants()
 TABLE = (BASE, *(name for s, _, _ in STARTS for name in (s, *(f"{s}+{f}" for f, _, _ in FORMS))))
-CURVES = (BASE, "sft", "cpt_sft", "sft+grpo", "sft+policyrollout")
+CURVES = (BASE, "sft", "cpt_sft", "cpt_sft+grpo", "cpt_sft+policyrollout")
 
 
 def choose_variants(names: Sequence[str]) -> tuple[Variant, ...]:

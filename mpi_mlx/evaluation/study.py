@@ -10,6 +10,7 @@ from mpi_mlx.evaluation.grid import BASE, CPT_FORMS, FORMS, MORE_FORMS, MORE_STA
 from mpi_mlx.evaluation.metrics import Mean, mean_over_seeds, paired_difference
 
 Setting = tuple[tuple[str, Any], ...]
+MATCHED_STARTS = ("sft_matched", "sft_matched_rows")  # what continual pretraining is measured against
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,14 @@ def _summary(found: Sequence[CellResult]) -> Summary:
 
 def comparisons() -> list[tuple[str, str]]:
     """(variant, what it is compared with): each addition against what it is added to."""
-    pairs = [("cpt_sft", "sft"), ("cpt_sft", "sft_matched"), ("sft", "direct_sft")]
-    pairs += [(f"cpt_{form}_sft" if changes else "cpt_sft", f"sft_matched_{form}") for form, _, changes in CPT_FORMS]
+    pairs = [("cpt_sft", other) for other in ("sft", *MATCHED_STARTS)]
+    pairs += [(f"cpt_{form}_sft", f"sft_matched_{form}") for form, _, _ in CPT_FORMS]
+    pairs += [("sft", "direct_sft")]
     for start, _, _ in (*STARTS, *MORE_STARTS):
         pairs += [(f"{start}+{form}", start) for form, _, _ in FORMS]
         aware = [form for form, _, _ in (*FORMS, *MORE_FORMS) if form != "grpo"]
         pairs += [(f"{start}+{form}", f"{start}+grpo") for form in aware]
-    pairs += [(f"cpt_sft+{form}", f"sft+{form}") for form, _, _ in FORMS]
+    pairs += [(f"cpt_sft+{form}", f"{sft}+{form}") for sft in ("sft", *MATCHED_STARTS) for form, _, _ in FORMS]
     return pairs
 
 

@@ -1,5 +1,6 @@
-"""Two processes over loopback against one with twice the batch."""
+"""Two processes over loopback, started by mlx.launch, against one with twice the batch."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def two_and_one(base, tmp_path_factory):
         return write_recipe(folder / name, base, stages, lora={"rank": 2, "alpha": 4})
 
     many, one = recipe("many.yaml", 1), recipe("one.yaml", 2)
-    ended = launch([sys.executable, str(DRIVER), str(many), str(folder / "many")], 2)
-    assert ended == Ended(0)
+    scripts = Path(sys.executable).parent
+    command = [scripts / "mlx.launch", "-n", "2", scripts / "mpi-mlx", "train", many, "--output", folder / "many"]
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     list(train(load_recipe(one, output=folder / "one")))
     return folder / "many", folder / "one"
 
