@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,28 @@ def plan(recipe) -> tuple[int, int, list[StagePlan]]:
     ready = prepare(recipe)
     model, stages = ready.model, []
     for stage, prepared in zip(recipe.stages, ready.stages, strict=True):
-        rows, tokens = largest(stage, prepared)
-        memory = None
-        if rows is not None:
-            memory = memory_estimate(
-                model, rows=rows, tokens=tokens, optimizer=stage.optimizer,
-                gradient_checkpointing=stage.gradient_checkpointing,
-            ).total
+        batches = micro_batches(stage, prepared)
+        options = dict(optimizer=stage.optimizer, gradient_checkpointing=stage.gradient_checkpointing)
+        memory = max((memory_estimate(model, **batch, **options).total for batch in batches), default=None)
+        rows, tokens = (max((batch[of] for batch in batches), default=None) for of in ("rows", "tokens"))
         stages.append(StagePlan(stage.stage, prepared.steps, rows, tokens, memory))
     return *count_parameters(model), stages
 
 
-def largest(stage, prepared) -> tuple[int | None, int | None]:
-    """(rows, tokens) of a stage's largest micro-batch."""
+def micro_batches(stage, prepared) -> list[dict[str, int]]:
+    """The kinds of micro-batch that a stage has, as ``memory_estimate`` wants them."""
     if stage.stage == "pretrain":
-        return None, None
-    if stage.stage != "rl":
-        return min(stage.batch_size, prepared.labelled.rows), prepared.labelled.longest
-    group = stage.group_size + stage.policy_aware
-    at_once = max(group, min(stage.prompts * group, stage.micro_tokens // stage.max_completion_tokens))
-    return at_once, prepared.prompts.longest + stage.max_completion_tokens
+        return []
+    if stage.stage == "rl":
+        group, prompt = stage.group_size + stage.policy_aware, prepared.prompts.longest
+        groups = max(1, min(stage.prompts, stage.micro_tokens // stage.max_completion_tokens // group))
+        tokens = prompt + stage.max_completion_tokens
+        return [dict(rows=groups * group, tokens=tokens, shared=prompt, groups=groups)]
+    found = prepared.labelled
+    rows = min(stage.batch_size, found.rows)
+    if not found.document:
+        return [dict(rows=rows, tokens=found.longest)]
+    carrying = rows if stage.stage == "cpt" else ceil(rows * stage.document_fraction)
+    carried = dict(rows=carrying, tokens=found.longest, shared=found.document)
+    bare = dict(rows=rows, tokens=found.longest - found.document)
+    return [carried] if carrying == rows else [carried, bare]

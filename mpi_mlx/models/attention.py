@@ -19,7 +19,7 @@ from mpi_mlx.errors import ModelError
 
 MASKED = -1e9
 _CAUSAL_BLOCK = 128  # queries a block: keys after the block are never looked at
-_KEEP_BYTES = 16 * 2**20
+KEEP_BYTES = 16 * 2**20
 """Scores of one call up to this size are kept for the backward pass; larger ones are computed again."""
 _BLOCK_BYTES = 32 * 2**20
 """Scores that are alive at once: longer queries are taken in blocks."""
@@ -45,7 +45,7 @@ def attention_over_parts(
     rows, heads, length, size = queries.shape
     score_bytes = 4 * rows * heads * length * sum(keys.shape[2] for keys, _ in parts)
     if keep is None:
-        keep = score_bytes <= _KEEP_BYTES
+        keep = score_bytes <= KEEP_BYTES
     if score_bytes > _BLOCK_BYTES and length > 1:
         step = max(1, length * _BLOCK_BYTES // score_bytes)
         blocks = [slice(start, start + step) for start in range(0, length, step)]
@@ -158,7 +158,7 @@ def causal_attention(
     """
     rows, heads, length, _ = queries.shape
     known = keys.shape[2] - length  # keys before the first query's own
-    keep, outputs = 2 * rows * heads * length * keys.shape[2] <= _KEEP_BYTES, []
+    keep, outputs = 2 * rows * heads * length * keys.shape[2] <= KEEP_BYTES, []
     if known < 0:
         raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
     for start in range(0, length, _CAUSAL_BLOCK):

@@ -7,6 +7,7 @@ system message and in which tokens are trained; batching, loss and loop are the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -158,7 +159,7 @@ class SupervisedSource:
             if longest in exact:
                 break
             findings.measure(longest, self._example(longest[0]), lambda row=longest: whole(row))
-        return findings.conclude(limit)
+        return replace(findings.conclude(limit), document=added or 0)
 
     def _drawn(self, steps: int) -> list[tuple[int, bool]]:
         """The distinct (index, carries) of the first ``steps`` steps, of all processes."""

@@ -13,10 +13,14 @@ from mpi_mlx.training import world
 
 @dataclass(frozen=True)
 class Survey:
-    """The rows that a stage will take: how many there are, and the tokens of the longest."""
+    """The rows that a stage will take: how many there are, and the tokens of the longest.
+
+    ``document``: how many of those the document adds, where rows carry it.
+    """
 
     rows: int
     longest: int
+    document: int = 0
 
 
 class Findings:

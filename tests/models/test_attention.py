@@ -19,7 +19,7 @@ def slow(request, monkeypatch):
     """Both ways to take exponentials, kept or not, at once or in blocks."""
     monkeypatch.setattr(elementwise, "is_slow", lambda x: request.param != "mlx")
     if request.param in ("recomputed", "in blocks"):
-        monkeypatch.setattr(attention, "_KEEP_BYTES", 0)
+        monkeypatch.setattr(attention, "KEEP_BYTES", 0)
     if request.param == "in blocks":
         monkeypatch.setattr(attention, "_BLOCK_BYTES", 600)
 

@@ -125,3 +125,13 @@ def test_estimate_grows_with_the_batch_and_shrinks_with_checkpointing(adapted):
         small.weights == sum(v.nbytes for _, v in tree_flatten(adapted.net.parameters())) - small.adapter // 2
     )
     assert small.optimizer == small.adapter
+
+
+def test_what_rows_share_is_counted_once_a_group(adapted):
+    layer = (10 * 64 + 5 * 96) * 4  # bytes a token and layer, hidden 64, inner 96, float32
+    scores = 4 * 8 * 4 * 32 * 128  # 8 rows, 4 heads, 32 own tokens over 128
+    estimate = memory_estimate(adapted, rows=8, tokens=128, shared=96, groups=2)
+    assert estimate.activations == 3 * ((2 * 96 + 8 * 32) * layer + scores)
+    assert estimate.logits == 3 * 448 * adapted.vocab_size * 4
+    long = memory_estimate(adapted, rows=8, tokens=4096, shared=96)  # scores over 16 MiB are not kept
+    assert long.activations == 3 * (96 + 8 * 4000) * layer
