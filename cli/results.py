@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mpi_mlx_cli.state import clock
 from rich import box
 from rich.console import Console
@@ -77,7 +79,8 @@ def show_end(console: Console, finished) -> None:
     if finished.report_path:
         places.add_row("report", finished.report_path)
         places.add_row("figures", f"{finished.output}/figures")
-    places.add_row("adapter", f"{finished.output}/adapter")
+    kind = "model" if Path(finished.output, "model").is_dir() else "adapter"
+    places.add_row(kind, f"{finished.output}/{kind}")
     places.add_row("next", Text(f"mpi-mlx chat {finished.output}", "bold"))
     console.print(places, soft_wrap=True)
     console.print(Text(f"done in {clock(finished.seconds)}", "dim"))

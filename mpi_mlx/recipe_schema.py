@@ -40,7 +40,7 @@ class ModelSpec(Spec):
 
 
 class LoraSpec(Spec):
-    """The adapters. ``lora: null`` trains the model's own weights."""
+    """The adapters. ``lora: null`` trains the language model's own weights (full fine-tuning)."""
 
     rank: Int = Field(16, ge=1, description="Rank of the update.")
     alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Over rank (rslora: its root): scale.")
@@ -208,12 +208,10 @@ def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
     trained = [s.stage for s in recipe.stages if s.stage != "pretrain"]
     if recipe.data is None and trained:
         problems.append(("data", f"missing; stage {trained[0]} needs a benchmark or your own files"))
-    if len(trained) == len(recipe.stages) and recipe.lora is None:
-        problems.append(("lora", "null is for pretrain stages only; leave it out, or give a rank"))
     if not trained and recipe.lora is not None:
         problems.append(("lora", "pretrain stages train all weights; set it to null"))
-    if len(trained) < len(recipe.stages) and recipe.model.quantize:
-        problems.append(("model.quantize", "quantized weights cannot be pretrained; set it to null"))
+    if (len(trained) < len(recipe.stages) or recipe.lora is None) and recipe.model.quantize:
+        problems.append(("model.quantize", "quantized weights cannot be trained without lora; set it to null"))
     for i, stage in enumerate(recipe.stages):
         problems += [(f"stages.{i}.{path}", said) for path, said in _stage_needs(stage, recipe)]
     return problems
@@ -242,10 +240,11 @@ def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
             needs.append(("document_fraction", "needs a document; set data.document, or 0"))
         if stage.validate_every and not data.validation:
             needs.append(("validate_every", "needs held-out examples; set data.validation, or 0"))
-    if stage.stage == "rl" and any(other.stage == "pretrain" for other in recipe.stages):  # so no adapters
+    whole = recipe.lora is None or any(other.stage == "pretrain" for other in recipe.stages)
+    if stage.stage == "rl" and whole:
         if stage.kl_coef:
-            needs.append(("kl_coef", "no reference beside pretrain stages; set it to 0"))
+            needs.append(("kl_coef", "no reference without lora; set it to 0, or give lora a rank"))
         if stage.policy_aware and stage.policy_aware_sampler == "reference":
-            said = "no reference beside pretrain stages; set it to model"
+            said = "no reference without lora; set it to model, or give lora a rank"
             needs.append(("policy_aware_sampler", said))
     return needs

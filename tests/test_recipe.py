@@ -296,7 +296,7 @@ def test_one_wrong_key_or_value(put, old, new, line):
         (("[base, cpt, sft, rl]", "[base, dpo]"), '14: evaluation.after.1: found "dpo", allowed: base, cpt, sft, rl'),
         (("seed: 7", "test: 0"), "14: evaluation.after: nothing to evaluate on; set data.test, or after: []"),
         (("epochs: 3", "epochs: 3, validate_every: 5", "seed: 7", "validation: 0"), "6: stages.1.validate_every: needs held-out examples; set data.validation, or 0"),
-        (("lora: {", "lora: null #"), "2: lora: null is for pretrain stages only; leave it out, or give a rank"),
+        (("lora: {", "lora: null #", "kl_coef: 0.0", "kl_coef: 0.1"), "11: stages.2.kl_coef: no reference without lora; set it to 0, or give lora a rank"),
     ],
 )  # fmt: skip
 def test_one_contradiction(put, changes, line):

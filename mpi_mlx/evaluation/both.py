@@ -77,20 +77,24 @@ def repeat_evaluation(
         # The model has learned this document; another seed is to draw other scenes for it.
         overrides = [f"data.document_seed={recipe.data.seed}", *overrides]
     recipe = load_recipe(str(run / "recipe.yaml"), overrides)
-    if not (run / "adapter").is_dir():
-        raise CheckpointError(f"{run}: no adapter yet; finish it with mpi-mlx train --resume")
+    whole = run / "model" if (run / "model" / "config.json").is_file() else None
+    if whole is None and not (run / "adapter").is_dir():
+        raise CheckpointError(f"{run}: no adapter or model yet; finish it with mpi-mlx train --resume")
     dataset = load_dataset(recipe.data, recipe.folder)
     if not dataset.test:
         raise DataError(f"{run}: the recipe has no test examples; set data.test")
     spec = recipe.model
+    weights = dict(max_pixels=spec.max_pixels, dtype=spec.dtype)
     model = load_model(
-        spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, dtype=spec.dtype, init=spec.init,
-        seed=recipe.seed, adapter=run / "adapter",
+        spec.base, quantize=spec.quantize, init=spec.init, seed=recipe.seed, **weights,
+        adapter=None if whole else run / "adapter",
     )
     output = run / "repeat" if output is None else Path(output)
     options = {"spec": recipe.evaluation, "progress": progress}
     with model.adapters_disabled():
         rows = evaluate_both(output, model, dataset, label="base", **options)
+    if whole:
+        model = load_model(str(whole), **weights)
     reasoning = next((s.reasoning for s in recipe.stages if s.stage == "sft"), True)
     last = recipe.labels[-1]
     rows += evaluate_both(output, model, dataset, label=last, reasoning=reasoning, **options)

@@ -8,9 +8,9 @@ import mlx.core as mx
 
 from mpi_mlx import runtime
 from mpi_mlx.data.dataset import Dataset, load_dataset
-from mpi_mlx.errors import RecipeError
 from mpi_mlx.models import load_model
 from mpi_mlx.models.base import Model
+from mpi_mlx.models.full import train_all_weights
 from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.stages.build import Prepared, prepare_stages
 from mpi_mlx.stages.pretrain import zero_residual_outputs
@@ -27,8 +27,13 @@ class Ready:
 
 
 def is_pretraining(recipe) -> bool:
-    """Whether all weights are trained, from generated rows."""
+    """Whether a stage makes a model from generated rows."""
     return any(spec.stage == "pretrain" for spec in recipe.stages)
+
+
+def trains_whole_model(recipe) -> bool:
+    """Whether the model's own weights are trained, and saved as a model instead of an adapter."""
+    return recipe.lora is None or is_pretraining(recipe)
 
 
 def prepare(recipe, *, survey: bool = True) -> Ready:
@@ -49,9 +54,9 @@ def prepare(recipe, *, survey: bool = True) -> Ready:
     if is_pretraining(recipe):
         if spec.init == "random":
             zero_residual_outputs(model.net)
+    elif recipe.lora is None:
+        train_all_weights(model)
     else:
-        if recipe.lora is None:
-            raise RecipeError("lora: null is for pretrain stages only; give lora a rank")
         attach_lora(model, recipe.lora, mx.random.key(recipe.seed))
     check_recorders(recipe)
     return Ready(dataset, model, prepare_stages(model, recipe, dataset, survey=survey))

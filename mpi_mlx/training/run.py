@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from mpi_mlx import runtime
-from mpi_mlx.atomic import replace_dir, temporary_dir
 from mpi_mlx.evaluation.evaluate import evaluation
 from mpi_mlx.evaluation.forgetting import forgetting, perplexity
 from mpi_mlx.evaluation.report import write_report
 from mpi_mlx.evaluation.results import load_results, record, record_facts, results_path
 from mpi_mlx.models.adapters import load_adapter, save_adapter
+from mpi_mlx.models.full import WEIGHTS, save_model
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.models.memory import count_parameters
 from mpi_mlx.stages.build import build_stage, stage_seed, validation
@@ -26,7 +23,7 @@ from mpi_mlx.training import world
 from mpi_mlx.training.fit import fit
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.optimizer import Optimizer
-from mpi_mlx.training.prepare import is_pretraining, prepare
+from mpi_mlx.training.prepare import prepare, trains_whole_model
 from mpi_mlx.training.recorders import Recorders
 from mpi_mlx.training.reports import (
     EvaluationProgress,
@@ -70,7 +67,7 @@ class _Run:
         goes_on = resume and (Path(recipe.output) / "recipe.yaml").exists()
         ready = prepare(recipe, survey=not goes_on)
         self.dataset, self.model, self.stages = ready.dataset, ready.model, ready.stages
-        self.pretraining = is_pretraining(recipe)
+        self.whole = trains_whole_model(recipe)
         # The folder comes last: nothing is written for a recipe that cannot run.
         document = self.dataset.document if self.dataset is not None else None
         self.folder = RunFolder(
@@ -115,8 +112,8 @@ class _Run:
     def _finish(self) -> Iterator[object]:
         rows, report = (), None
         if world.is_main():
-            if self.pretraining:
-                self._save_model(self.folder.path / "model")
+            if self.whole:
+                save_model(self.model, self.folder.path / "model")
             else:
                 save_adapter(self.model, self.folder.path / "adapter")
             if results_path(self.folder.path).is_file():
@@ -209,8 +206,8 @@ class _Run:
 
     def _close_stage(self, index: int, spec, module, root: Path, seconds: float) -> Iterator[object]:
         if world.is_main():
-            if self.pretraining:
-                self._save_model(self.folder.stage(index, spec.stage) / "model")
+            if self.whole:
+                save_model(self.model, self.folder.stage(index, spec.stage) / "model")
             else:
                 save_adapter(self.model, self.folder.stage(index, spec.stage) / "adapter")
             self.folder.mark_stage(index, stage=spec.stage, done=True, seconds=round(seconds, 3))
@@ -221,20 +218,10 @@ class _Run:
     def _restore(self, index: int) -> None:
         """Puts the weights at the end of a finished stage back."""
         folder = self.folder.stage(index, self.recipe.stages[index].stage)
-        if self.pretraining:
-            self.model.net.load_weights(str(folder / "model" / "model.safetensors"))
+        if self.whole:
+            self.model.net.load_weights(str(folder / "model" / WEIGHTS))
         else:
             load_adapter(self.model, folder / "adapter")
-
-    def _save_model(self, target: Path) -> None:
-        """The whole model as a folder: the base's files, and its weights."""
-        with temporary_dir(target) as temporary:
-            for path in self.model.path.iterdir():
-                if path.is_file() and path.suffix != ".safetensors":
-                    shutil.copy(path, temporary / path.name)
-            weights = dict(tree_flatten(self.model.net.parameters()))
-            mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "mlx"})
-            replace_dir(temporary, target)
 
     # ---- evaluation
 

@@ -57,7 +57,7 @@ def test_what_it_shows(base, tmp_path, capsys):
     "options, words",
     [
         (["stages.0.max_tokens=20"], "rows are over max_tokens=20"),
-        (["lora=null"], "lora: null is for pretrain stages only"),
+        (["lora=null", "model.quantize=4"], "cannot be trained without lora"),
         (["lora.targets=[nonesuch]"], "nonesuch"),
     ],
 )

@@ -84,7 +84,7 @@ def test_eval_of_what_is_no_run(tmp_path, run):
     with pytest.raises(CheckpointError, match="not a run"):
         invoke("eval", tmp_path)
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
-    with pytest.raises(CheckpointError, match="no adapter yet"):
+    with pytest.raises(CheckpointError, match="no adapter or model yet"):
         invoke("eval", tmp_path)
 
 
