@@ -22,7 +22,7 @@ def train_all_weights(model: Model) -> None:
     if model.has_adapters:
         raise ModelError("the model has adapters; load the base again to train its own weights")
     if model.config.get("quantization") or model.config.get("quantization_config"):
-        raise ModelError(f"{model.base} is quantized, lora: null trains plain weights; give lora a rank, or a plain base")
+        raise ModelError(f"{model.base} is quantized, lora: null trains plain weights; give lora a rank")
     model.net.freeze()
     (model.net.language_model if "language_model" in model.net else model.net).unfreeze()
 
