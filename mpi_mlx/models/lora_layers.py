@@ -19,6 +19,19 @@ def input_size(linear: nn.Module) -> int:
     return columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
 
 
+def _set_update(module: nn.Module, linear, rank, scale, dropout, key, switch) -> None:
+    """The members of an adapted linear, its own class's constructor left out."""
+    nn.Module.__init__(module)
+    module.linear = linear
+    module.dropout = nn.Dropout(p=dropout)
+    module.scale = scale
+    module.switch = switch
+    inputs, outputs = input_size(linear), linear.weight.shape[0]
+    bound = 1 / math.sqrt(inputs)
+    module.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
+    module.lora_b = mx.zeros((rank, outputs))
+
+
 class LoRALinear(VlmLoRALinear):
     """y = W x + b + scale B A x (arXiv 2106.09685), A = ``lora_a.T``, B = ``lora_b.T``.
 
@@ -30,23 +43,9 @@ class LoRALinear(VlmLoRALinear):
     """
 
     def __init__(
-        self,
-        linear: nn.Module,
-        rank: int,
-        scale: float,
-        dropout: float,
-        key: mx.array,
-        switch: SimpleNamespace,
+        self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, switch: SimpleNamespace
     ):
-        nn.Module.__init__(self)
-        self.linear = linear
-        self.dropout = nn.Dropout(p=dropout)
-        self.scale = scale
-        self.switch = switch
-        inputs, outputs = input_size(linear), linear.weight.shape[0]
-        bound = 1 / math.sqrt(inputs)
-        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
-        self.lora_b = mx.zeros((rank, outputs))
+        _set_update(self, linear, rank, scale, dropout, key, switch)
 
     @property
     def merged(self) -> bool:
@@ -80,23 +79,9 @@ class DoRALinear(VlmDoRALinear):
     """
 
     def __init__(
-        self,
-        linear: nn.Module,
-        rank: int,
-        scale: float,
-        dropout: float,
-        key: mx.array,
-        switch: SimpleNamespace,
+        self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, switch: SimpleNamespace
     ):
-        nn.Module.__init__(self)
-        self.linear = linear
-        self.dropout = nn.Dropout(p=dropout)
-        self.scale = scale
-        self.switch = switch
-        inputs, outputs = input_size(linear), linear.weight.shape[0]
-        bound = 1 / math.sqrt(inputs)
-        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
-        self.lora_b = mx.zeros((rank, outputs))
+        _set_update(self, linear, rank, scale, dropout, key, switch)
         weight = dequantized_weight(linear).astype(mx.float32)
         self._square = (weight * weight).sum(axis=1)
         self.m = mx.sqrt(self._square)

@@ -1,29 +1,15 @@
 """Losses and gradients with the features of a frozen tower kept, encoded anew, and by mlx-vlm's own forward."""
 
-from types import SimpleNamespace
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from PIL import Image
 
-from mpi_mlx.models import load_model
-from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.training.batch import Row, loss_weights, micro_batch
 from mpi_mlx.training.forward import micro_logprobs
 from mpi_mlx.training.losses import sft_loss
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    model = load_model(base)
-    spec = SimpleNamespace(rank=2, alpha=4, dropout=0.0, targets="all-linear", kind="lora", projector=False)
-    attach_lora(model, spec)
-    mx.random.seed(1)
-    model.net.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.net.trainable_parameters()))
-    return model
 
 
 def row(model, seed, size, query, answer):

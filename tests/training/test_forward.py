@@ -1,34 +1,18 @@
 """Shared prefixes against whole rows, computed one by one from the logits."""
 
-from types import SimpleNamespace
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from PIL import Image
 
-from mpi_mlx.models import load_model
-from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.training.batch import Row, by_length, common_prefix, loss_weights, micro_batch
 from mpi_mlx.training.forward import micro_logprobs
 from mpi_mlx.training.losses import sft_loss
 
 RULES = "If the sphere is red then answer yes. Otherwise say the colour of the largest cube. " * 2
 OTHER = "Refuse when there are two cubes; count the rest, and say how many are blue or green. " * 3
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    model = load_model(base)
-    spec = SimpleNamespace(rank=2, alpha=4, dropout=0.0, targets="all-linear", kind="lora", projector=False)
-    attach_lora(model, spec)
-    mx.random.seed(1)
-    model.net.update(
-        tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.net.trainable_parameters())
-    )
-    return model
 
 
 def picture(seed, width=56, height=56):
