@@ -31,7 +31,8 @@ def save_model(model: Model, target: Path) -> None:
     """The whole model as a folder that ``load_model`` reads: the base's files, and its weights, in one rename."""
     with temporary_dir(target) as temporary:
         for path in model.path.iterdir():
-            if path.is_file() and ".safetensors" not in path.name:  # nor an index of shards
+            # neither an index of shards, nor a card that speaks of the base
+            if path.is_file() and ".safetensors" not in path.name and path.name != "README.md":
                 shutil.copy(path, temporary / path.name)
         weights = dict(tree_flatten(model.net.parameters()))
         mx.save_safetensors(str(temporary / WEIGHTS), weights, {"format": "mlx"})
