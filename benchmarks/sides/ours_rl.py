@@ -12,7 +12,8 @@ import mlx.nn as nn  # noqa: E402
 from mpi_mlx.documents import from_text  # noqa: E402
 from mpi_mlx.models import load_model  # noqa: E402
 from mpi_mlx.models.lora import attach_lora  # noqa: E402
-from mpi_mlx.stages.rl import RolloutObjective, RolloutSource  # noqa: E402
+from mpi_mlx.stages.rl import RolloutSource  # noqa: E402
+from mpi_mlx.stages.rl_objective import RolloutObjective  # noqa: E402
 from mpi_mlx.training.fit import fit  # noqa: E402
 from mpi_mlx.training.optimizer import Optimizer  # noqa: E402
 from mpi_mlx.training.score import _prefix_blocks  # noqa: E402

@@ -12,7 +12,8 @@ from mpi_mlx.errors import RecipeError
 from mpi_mlx.evaluation.evaluate import evaluate
 from mpi_mlx.rollouts.rewards import build_rewards
 from mpi_mlx.stages.pretrain import pretrain_stage
-from mpi_mlx.stages.rl import RolloutObjective, RolloutSource
+from mpi_mlx.stages.rl import RolloutSource
+from mpi_mlx.stages.rl_objective import RolloutObjective
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, validation_loss
 from mpi_mlx.stages.survey import Survey
 from mpi_mlx.training import world

@@ -7,8 +7,7 @@ context; every one of them is scored, and trained, on the plain prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,40 +17,12 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.rollouts.groups import Rollout, RolloutGroup, compute_advantages, overlong_penalty
 from mpi_mlx.rollouts.sampler import Completion, sample_mixed
 from mpi_mlx.stages.ahead import Ahead, steps_ahead
-from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource
+from mpi_mlx.stages.rl_objective import LabelledMicro, RolloutMicro
+from mpi_mlx.stages.supervised import SupervisedSource
 from mpi_mlx.stages.survey import Survey, survey_prompts
 from mpi_mlx.training import world
-from mpi_mlx.training.batch import MicroBatch
 from mpi_mlx.training.fit import Batch
-from mpi_mlx.training.losses import aggregate, importance_weights, k3_kl, surrogate
 from mpi_mlx.training.score import score
-
-
-@dataclass
-class RolloutMicro:
-    """Some groups of a step, as one forward. R completions of up to T tokens."""
-
-    groups: list[RolloutGroup]
-    old_logprobs: mx.array | None = None  # (R, T), scored before the first update on this batch
-    reference_logprobs: mx.array | None = None  # (R, T), adapters switched off
-    aware_logprobs: np.ndarray | None = None  # (R, T), sampled_logprobs, for importance_weight
-    labelled: list[MicroBatch] = field(default_factory=list)
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        return [r for g in self.groups for r in g.rollouts]
-
-    @property
-    def pairs(self) -> list[tuple[object, list[np.ndarray]]]:
-        return [(g.prompt, [r.completion_ids for r in g.rollouts]) for g in self.groups]
-
-
-@dataclass
-class LabelledMicro:
-    """Labelled rows mixed into RL: their mean loss counts ``coefficient`` times."""
-
-    batch: MicroBatch
-    scale: float
 
 
 class RolloutSource:
@@ -284,57 +255,3 @@ def _normaliser(groups: list[RolloutGroup], spec) -> float:
     if spec.aggregation == "token":
         return float(sum(len(r.completion_ids) for r in rollouts))
     return float(len(rollouts) * spec.max_completion_tokens)
-
-
-class RolloutObjective:
-    """The clipped surrogate, with k3 KL to the reference when ``kl_coef`` is positive: (sum, metrics)."""
-
-    def __init__(self, model, spec):
-        self.model, self.spec = model, spec
-        self.supervised: Callable = SupervisedObjective(model)
-
-    def __call__(self, micro: RolloutMicro | LabelledMicro) -> tuple[mx.array, dict]:
-        if isinstance(micro, LabelledMicro):
-            loss, _ = self.supervised(micro.batch)
-            return loss * micro.scale, {}
-        spec = self.spec
-        logprobs, mask = score(self.model, micro.pairs, temperature=spec.temperature or 1.0)
-        first = micro.old_logprobs is None
-        if first:
-            # Before the first update on this batch the model is the one that the ratio is taken against.
-            micro.old_logprobs = mx.stop_gradient(logprobs)
-        advantages = mx.array(np.concatenate([g.advantages for g in micro.groups]))
-        importance = None
-        if spec.importance_weight:
-            importance = importance_weights(micro.old_logprobs, self._sampled(micro, mask.shape), mask)
-        result = surrogate(
-            logprobs, micro.old_logprobs, advantages, mask, spec.clip_low, spec.clip_high, importance
-        )
-        loss = result.loss
-        count = mask.sum()
-        metrics = {"clip_fraction": (result.clipped.sum(), count)}
-        if micro.reference_logprobs is not None:
-            kl = k3_kl(logprobs, micro.reference_logprobs, mask)
-            loss = loss + spec.kl_coef * kl
-            metrics["kl"] = (mx.stop_gradient(kl).sum(), count)
-        if first:
-            metrics["drift"] = self._drift(micro, logprobs, mask)
-        total, _ = aggregate(loss, mask, spec.aggregation, spec.max_completion_tokens)
-        return total, metrics
-
-    @staticmethod
-    def _sampled(micro: RolloutMicro, shape: tuple[int, int]) -> mx.array:
-        """sampled_logprobs padded to (R, T)."""
-        out = np.zeros(shape, np.float32)
-        for row, rollout in enumerate(micro.rollouts):
-            out[row, : len(rollout.sampled_logprobs)] = rollout.sampled_logprobs
-        return mx.array(out)
-
-    def _drift(self, micro: RolloutMicro, logprobs: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-        """Mean |scored - sampled| log-probability of the plain rollouts, which the same model drew."""
-        plain = mx.array(np.array([not r.policy_aware for r in micro.rollouts], np.float32))[:, None] * mask
-        difference = mx.abs(mx.stop_gradient(logprobs) - self._sampled(micro, mask.shape))
-        return (difference * plain).sum(), plain.sum()
-
-
-__all__ = ["LabelledMicro", "RolloutMicro", "RolloutObjective", "RolloutSource"]

@@ -13,7 +13,8 @@ from mpi_mlx.models import load_model
 from mpi_mlx.recipe import RlStage
 from mpi_mlx.rollouts.groups import compute_advantages, overlong_penalty
 from mpi_mlx.rollouts.rewards import build_rewards
-from mpi_mlx.stages.rl import LabelledMicro, RolloutMicro, RolloutObjective, RolloutSource
+from mpi_mlx.stages.rl import RolloutSource
+from mpi_mlx.stages.rl_objective import LabelledMicro, RolloutMicro, RolloutObjective
 from mpi_mlx.stages.supervised import SupervisedObjective
 from mpi_mlx.stages.survey import Survey
 from mpi_mlx.training.optimizer import Optimizer
