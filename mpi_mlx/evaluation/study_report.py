@@ -80,7 +80,9 @@ def setting_title(setting: Setting) -> str:
 
 def _facts(results: Sequence[CellResult], missing: int) -> str:
     documents = sorted({r.document for r in results})
-    text = f"{len(results)} runs over {len(documents)} documents (seeds {', '.join(map(str, documents))})"
+    seeds = ", ".join(map(str, documents))
+    of = f"{len(documents)} documents (seeds {seeds})" if len(documents) > 1 else f"one document (seed {seeds})"
+    text = f"{len(results)} run{'s' if len(results) > 1 else ''} over {of}"
     text += f"; {missing} are still to be run." if missing else "."
     text += (
         " Accuracies are exact match of greedy answers on held-out examples. Means over documents with 95% "
