@@ -138,7 +138,7 @@ def test_a_study_forks_resumes_and_reports(tmp_path):
     (tmp_path / "study" / cells[3].folder / "cell.json").unlink()
     assert study(base, cells, tmp_path / "study", sweeps=sweeps).missing == 1
     text = (tmp_path / "study" / "ablation.md").read_text()
-    assert "3 runs over 1 documents (seeds 5); 1 are still to be run" in text
+    assert "3 runs over one document (seed 5); 1 are still to be run" in text
     assert "| CoT-SFT + PolicyRollout - CoT-SFT |" in text
     changed = small_recipe(rewards=rewards, data={**DATA, "test": 2})
     with pytest.raises(CheckpointError, match="another recipe"):

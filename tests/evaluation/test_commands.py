@@ -95,7 +95,7 @@ def test_ablation_runs_and_its_report_is_shown(recipe):
     assert result.exit_code == 0
     assert "1/2 recipe/document-3/base" in result.stdout and "| CoT-SFT |" in result.stdout
     again = invoke(*words, "--report-only")
-    assert again.exit_code == 0 and "2 runs over 1 documents" in again.stdout
+    assert again.exit_code == 0 and "2 runs over one document" in again.stdout
 
 
 def test_ablation_says_what_is_wrong_before_it_trains(recipe):
