@@ -186,7 +186,9 @@ def test_the_survey_knows_the_rows_that_will_be_drawn(model, dataset, stage, ste
     assert len(drawn) == (4 if steps == 2 else 10 if stage == "half" else 5)
     found = SupervisedSource(model, dataset.train, RULES, spec, seed=1).survey(steps)
     adds = {
-        n - len(encode_example(model, dataset.train[i], None, spec.stage)) for (i, carries), n in lengths.items() if carries
+        n - len(encode_example(model, dataset.train[i], None, spec.stage))
+        for (i, carries), n in lengths.items()
+        if carries
     }
     assert len(adds) == (stage != "sft")  # the document is as long in every row
     assert found == Survey(len(drawn), max(lengths.values()), *adds)
