@@ -72,9 +72,15 @@ def micro_batches(stage, prepared) -> list[dict[str, int]]:
         group, prompt = stage.group_size + stage.policy_aware, prepared.prompts.longest
         groups = max(1, min(stage.prompts, stage.micro_tokens // stage.max_completion_tokens // group))
         tokens = prompt + stage.max_completion_tokens
-        return [dict(rows=groups * group, tokens=tokens, shared=prompt, groups=groups)]
-    found = prepared.labelled
-    rows = min(stage.batch_size, found.rows)
+        rollouts = dict(rows=groups * group, tokens=tokens, shared=prompt, groups=groups)
+        mixed_in = [] if prepared.labelled is None else _labelled(stage, stage.sft_batch_size, prepared.labelled)
+        return [rollouts, *mixed_in]
+    return _labelled(stage, stage.batch_size, prepared.labelled)
+
+
+def _labelled(stage, batch_size: int, found) -> list[dict[str, int]]:
+    """Rows with the document, which they share, and rows without it."""
+    rows = min(batch_size, found.rows)
     if not found.document:
         return [dict(rows=rows, tokens=found.longest)]
     carrying = rows if stage.stage == "cpt" else ceil(rows * stage.document_fraction)

@@ -68,6 +68,17 @@ _ALLOWED = {
 
 def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
     """``errors`` of pydantic (and the document's own), one line each, in the order of the file."""
+    kept = described(document.raw, errors)
+    lines = [f"{document.place(path)}: {_dotted(path)}: {said}" for path, said in kept]
+    return sorted({*document.errors, *lines}, key=_by_line)
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(map(str, path)) or "recipe"
+
+
+def described(raw: Any, errors: Sequence[dict]) -> list[tuple[Keys, str]]:
+    """Where ``raw`` is wrong, and what is: pydantic's ``errors`` in this project's words."""
     found: list[tuple[Keys, str]] = []
     for error in errors:
         path = _path(error["loc"])
@@ -78,11 +89,9 @@ def error_lines(document: Document, errors: Sequence[dict]) -> list[str]:
                 inner = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
                 found.append(((*path, *inner), said))
         elif error["type"] != "too_short" or not error["input"]:  # else each of its items is wrong
-            found.append(_said(error, path, document.raw))
+            found.append(_said(error, path, raw))
     guessed = {said.rpartition("did you mean ")[2].strip('"?') + str(path[:-1]) for path, said in found}
-    kept = [(p, s) for p, s in found if not (s.startswith("missing") and str(p[-1]) + str(p[:-1]) in guessed)]
-    lines = [f"{document.place(path)}: {'.'.join(map(str, path)) or 'recipe'}: {said}" for path, said in kept]
-    return sorted({*document.errors, *lines}, key=_by_line)
+    return [(p, s) for p, s in found if not (s.startswith("missing") and str(p[-1]) + str(p[:-1]) in guessed)]
 
 
 def mended(raw: dict, errors: Sequence[dict]) -> tuple[dict, set[Keys]]:

@@ -297,6 +297,7 @@ def test_one_wrong_key_or_value(put, old, new, line):
         (("seed: 7", "test: 0"), "14: evaluation.after: nothing to evaluate on; set data.test, or after: []"),
         (("epochs: 3", "epochs: 3, validate_every: 5", "seed: 7", "validation: 0"), "6: stages.1.validate_every: needs held-out examples; set data.validation, or 0"),
         (("lora: {", "lora: null #", "kl_coef: 0.0", "kl_coef: 0.1"), "11: stages.2.kl_coef: no reference without lora; set it to 0, or give lora a rank"),
+        (("lora: {", "lora: null #", "policy_aware: 8", "policy_aware: 8\n    policy_aware_sampler: reference"), "11: stages.2.policy_aware_sampler: no reference without lora; set it to model, or give lora a rank"),
     ],
 )  # fmt: skip
 def test_one_contradiction(put, changes, line):

@@ -8,7 +8,10 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import ValidationError
+
 from mpi_mlx.errors import RecipeError
+from mpi_mlx.recipe_errors import described
 
 BASE = "base"
 TOKENS_PER_LEVEL = 12  # of a trace: a section's name, its question and the answer to it
@@ -182,8 +185,9 @@ def cell_recipe(base, cell: Cell, output: str):
     raw["output"] = output
     try:
         recipe = type(base).model_validate(raw, context={"folder": base.folder})
-    except ValueError as error:
-        said = " ".join(str(error).split())
+    except ValidationError as error:
+        found = described(raw, error.errors(include_url=False))
+        said = "; ".join(f"{'.'.join(map(str, path))}: {words}" for path, words in found)
         raise RecipeError(f"ablation: {cell.folder} is not a recipe that can run: {said}") from None
     recipe._folder = base.folder
     return recipe

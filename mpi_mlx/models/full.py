@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mpi_mlx.atomic import replace_dir, temporary_dir
-from mpi_mlx.errors import ModelError
+from mpi_mlx.errors import CheckpointError, ModelError
 from mpi_mlx.models.base import Model
 
 WEIGHTS = "model.safetensors"
@@ -37,3 +37,16 @@ def save_model(model: Model, target: Path) -> None:
         weights = dict(tree_flatten(model.net.parameters()))
         mx.save_safetensors(str(temporary / WEIGHTS), weights, {"format": "mlx"})
         replace_dir(temporary, target)
+
+
+def restore_model(model: Model, folder: Path) -> None:
+    """Puts the weights that ``save_model`` wrote back on the model they came from.
+
+    Raises:
+        CheckpointError: the file is missing or broken, or of another model.
+    """
+    try:
+        model.net.load_weights(str(folder / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({said}); train into another --output") from None

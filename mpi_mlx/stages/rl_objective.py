@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +22,6 @@ class RolloutMicro:
     groups: list[RolloutGroup]
     old_logprobs: mx.array | None = None  # (R, T), scored before the first update on this batch
     reference_logprobs: mx.array | None = None  # (R, T), adapters switched off
-    aware_logprobs: np.ndarray | None = None  # (R, T), sampled_logprobs, for importance_weight
-    labelled: list[MicroBatch] = field(default_factory=list)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -36,7 +34,7 @@ class RolloutMicro:
 
 @dataclass
 class LabelledMicro:
-    """Labelled rows mixed into RL: their mean loss counts ``coefficient`` times."""
+    """Labelled rows mixed into RL: their summed loss counts ``scale`` times."""
 
     batch: MicroBatch
     scale: float

@@ -7,7 +7,6 @@ system message and in which tokens are trained; batching, loss and loop are the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -136,21 +135,20 @@ class SupervisedSource:
         limit = self.spec.max_tokens
         findings = Findings(self.spec.stage)
         exact: set[tuple[int, bool]] = set()
-        added = None  # tokens that the document adds
 
         def whole(row: tuple[int, bool]) -> int:
             exact.add(row)
             return len(self._encoded(*row))
 
         def look(row: tuple[int, bool]) -> int:
-            nonlocal added
             bare = len(self._encoded(row[0], False))
             if not row[1]:
                 return whole(row)
-            if added is None:
-                added = whole(row) - bare
-            near = limit is not None and abs(bare + added - limit) <= NEAR
-            return whole(row) if near else bare + added
+            if not findings.document:
+                findings.document = whole(row) - bare
+            carried = bare + findings.document
+            near = limit is not None and abs(carried - limit) <= NEAR
+            return whole(row) if near else carried
 
         for row in world.share(self._drawn(steps)):
             findings.measure(row, self._example(row[0]), lambda row=row: look(row))
@@ -159,7 +157,7 @@ class SupervisedSource:
             if longest in exact:
                 break
             findings.measure(longest, self._example(longest[0]), lambda row=longest: whole(row))
-        return replace(findings.conclude(limit), document=added or 0)
+        return findings.conclude(limit)
 
     def _drawn(self, steps: int) -> list[tuple[int, bool]]:
         """The distinct (index, carries) of the first ``steps`` steps, of all processes."""

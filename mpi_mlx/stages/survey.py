@@ -30,6 +30,7 @@ class Findings:
         self.stage = stage
         self.problems: list[str] = []
         self.lengths: dict[Hashable, tuple[int, str]] = {}  # row: tokens, where
+        self.document = 0  # tokens that it adds to a row
 
     def measure(self, row: Hashable, example: Example, look: Callable[[], int]) -> None:
         """Keeps the tokens that ``look`` counts in a row, or why it cannot."""
@@ -48,18 +49,18 @@ class Findings:
         """
         over = sum(limit is not None and tokens > limit for tokens, _ in self.lengths.values())
         longest = max(self.lengths.values(), default=(0, ""))
-        found = world.gather_objects([[self.problems, len(self.lengths), over, list(longest)]])
+        found = world.gather_objects([[self.problems, len(self.lengths), over, list(longest), self.document]])
         problems = [said for theirs, *_ in found for said in theirs]
         if problems:
             raise DataError(collected(problems, f"stage {self.stage}"))
-        rows, over = sum(n for _, n, *_ in found), sum(n for *_, n, _ in found)
-        tokens, where = max(found[3] for found in found)
+        rows, over = sum(n for _, n, *_ in found), sum(n for *_, n, _, _ in found)
+        tokens, where = max(longest for *_, longest, _ in found)
         if over:
             raise DataError(
                 f"stage {self.stage}: {over} of {rows} rows are over max_tokens={limit}, the longest ({tokens:,} "
                 f"tokens) is {where}; raise max_tokens, lower model.max_pixels, or shorten the examples"
             )
-        return Survey(rows, tokens)
+        return Survey(rows, tokens, max(added for *_, added in found))
 
 
 def survey_prompts(model, examples: Sequence[Example], document: PolicyDocument | None, rewards) -> Survey:

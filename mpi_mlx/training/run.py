@@ -14,7 +14,7 @@ from mpi_mlx.evaluation.forgetting import forgetting, perplexity
 from mpi_mlx.evaluation.report import write_report
 from mpi_mlx.evaluation.results import load_results, record, record_facts, results_path
 from mpi_mlx.models.adapters import load_adapter, save_adapter
-from mpi_mlx.models.full import WEIGHTS, save_model
+from mpi_mlx.models.full import restore_model, save_model
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.models.memory import count_parameters
 from mpi_mlx.stages.build import build_stage, stage_seed, validation
@@ -219,7 +219,7 @@ class _Run:
         """Puts the weights at the end of a finished stage back."""
         folder = self.folder.stage(index, self.recipe.stages[index].stage)
         if self.whole:
-            self.model.net.load_weights(str(folder / "model" / WEIGHTS))
+            restore_model(self.model, folder / "model")
         else:
             load_adapter(self.model, folder / "adapter")
 

@@ -98,7 +98,7 @@ def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
     assert (both.group_size, both.policy_aware) == (4, 4)
     with pytest.raises(RecipeError, match="needs stage cpt; the recipe has sft, rl"):
         cell_recipe(base, cell("cpt_sft"), "out")
-    with pytest.raises(RecipeError, match="depth=9/document-5/sft is not a recipe"):
+    with pytest.raises(RecipeError, match=r"depth=9/document-5/sft .* run: data.depth: found 9, allowed: 6 or less$"):
         cell_recipe(base, cell("sft", setting=(("data.depth", 9),)), "out")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from mpi_mlx.errors import ModelError
 from mpi_mlx.models import load_model
 from mpi_mlx.models.adapters import save_adapter
+from mpi_mlx.models.full import train_all_weights
 from mpi_mlx.models.kv import recording_caches
 from mpi_mlx.models.lora import attach_lora
 
@@ -174,6 +175,16 @@ def test_plain_mlx_lm_reads_the_adapter(folders, name, targets, tmp_path):
     assert mx.abs(ours - own).max().item() < 1e-4 * mx.abs(own).max().item()
     again = load_model(folders(name), adapter=tmp_path)
     assert mx.allclose(logits(again, encoded), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*VISION, *TEXT])
+def test_full_fine_tuning_trains_the_language_model_alone(folders, name):
+    model = load_model(folders(name))
+    train_all_weights(model)
+    names = {name for name, _ in tree_flatten(model.net.parameters())}
+    trained = {name for name, _ in tree_flatten(model.net.trainable_parameters())}
+    seeing = {n for n in names if "vision" in n or "connector" in n or "projector" in n}
+    assert trained == names - seeing and bool(seeing) == (name in VISION)
 
 
 def test_deepstack_gets_gradient(folders):

@@ -229,13 +229,14 @@ def test_the_survey_names_the_line_of_the_longest_row(model, dataset):
 
 
 def test_processes_conclude_the_same_from_what_each_has_found(dataset, monkeypatch):
-    """Two processes: the other one has 3 rows, one of them over the limit, and the longest of all."""
-    other = [[[], 3, 0, [400, "train.jsonl:9 (example 'z')"]]]
+    """Two processes: the other one has 3 rows, one of them over the limit, and the longest of all;
+    it alone saw rows with the document."""
+    other = [[[], 3, 0, [400, "train.jsonl:9 (example 'z')"], 30]]
     monkeypatch.setattr(world, "gather_objects", lambda mine: mine + other)
     findings = Findings("sft")
     for row, tokens in enumerate((100, 250)):
         findings.measure(row, dataset.train[row], lambda tokens=tokens: tokens)
-    assert findings.conclude() == Survey(5, 400)
+    assert findings.conclude() == Survey(5, 400, 30)
     other[0][2] = 1
     words = r"stage sft: 2 of 5 rows are over max_tokens=200, the longest .400 tokens. is train.jsonl:9 .example 'z'.;"
     with pytest.raises(DataError, match=words):

@@ -120,3 +120,15 @@ def test_a_quantized_base_is_refused(base, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 2 and "is quantized, lora: null trains plain weights" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_model_of_a_finished_stage_is_named(recipe, tmp_path, capsys):
+    for report in train(load_recipe(recipe, output=tmp_path / "run")):
+        if isinstance(report, StepReport) and metrics(tmp_path / "run")[-1]["stage_index"] == 1:
+            request_stop()
+    broken = tmp_path / "run" / "stages" / "1-cpt" / "model" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(recipe), "--output", str(tmp_path / "run"), "--resume"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{broken} cannot be read" in " ".join(said.split()) and "Traceback" not in said
