@@ -241,6 +241,8 @@ def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
         if stage.validate_every and not data.validation:
             needs.append(("validate_every", "needs held-out examples; set data.validation, or 0"))
     whole = recipe.lora is None or any(other.stage == "pretrain" for other in recipe.stages)
+    if stage.rehearsal and whole:
+        needs.append(("rehearsal", "no base to write the texts without lora; set it to 0, or give lora a rank"))
     if stage.stage == "rl" and whole:
         if stage.kl_coef:
             needs.append(("kl_coef", "no reference without lora; set it to 0, or give lora a rank"))

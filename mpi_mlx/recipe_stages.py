@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from mpi_mlx.recipe_fields import Bool, Float, FunctionPath, Int, Spec, Str, refuse
 
+REHEARSAL_TOKENS = 104  # the longest text of stages.rehearsal
 Task = Literal["document", "walk", "recall", "lookup", "repeat", "check", "describe", "ask"]
 Depth = Annotated[
     Int,
@@ -124,6 +125,12 @@ class _Stage(Spec):
         return self
 
 
+def _rehearsal_length(stage) -> list[tuple[str, str]]:
+    if not stage.rehearsal or stage.max_tokens is None or stage.max_tokens >= REHEARSAL_TOKENS:
+        return []
+    return [("max_tokens", f"texts to rehearse take up to {REHEARSAL_TOKENS}; raise it, or rehearsal: 0")]
+
+
 class _LabelledStage(_Stage):
     steps: Int | None = Field(None, ge=1, description="Optimizer steps; or give epochs.")
     epochs: Float | None = Field(None, gt=0, allow_inf_nan=False, description="Passes over the train split.")
@@ -131,6 +138,7 @@ class _LabelledStage(_Stage):
     accumulate: Int = Field(1, ge=1, description="Forwards of a step.")
     reasoning: Bool = Field(True, description="Whether the trace before the answer is trained.")
     max_tokens: Int | None = Field(None, ge=1, description="Longest sequence allowed; null: any.")
+    rehearsal: Float = Field(0.0, ge=0, lt=1, description="Share of rows that are the base's own texts.")
 
     def _contradictions(self) -> list[tuple[str, str]]:
         problems = super()._contradictions()
@@ -138,7 +146,7 @@ class _LabelledStage(_Stage):
             problems.append(("steps", "missing; give steps or epochs"))
         if self.steps is not None and self.epochs is not None:
             problems.append(("epochs", "given beside steps; keep one of the two"))
-        return problems
+        return problems + _rehearsal_length(self)
 
 
 class CptStage(_LabelledStage):
@@ -200,6 +208,7 @@ class RlStage(_Stage):
     sft_batch_size: Int = Field(8, ge=1, description="Labelled rows a step for it.")
     micro_tokens: Int = Field(8192, ge=1, description="Tokens of a forward, at most (or one group).")
     document_fraction: Float = Field(0.0, ge=0, le=1, description="As in sft, for sft_coef.")
+    rehearsal: Float = Field(0.0, ge=0, le=1, description="As in sft, for sft_coef; 1: no labelled rows.")
     max_tokens: Int | None = Field(None, ge=1, description="As in sft, for sft_coef.")
     reasoning: Bool = Field(True, description="Whether completions are to hold a trace.")
     rewards: tuple[Reward, ...] = Field(
@@ -237,6 +246,9 @@ class RlStage(_Stage):
             problems.append(("kl_coef", "dapo has no KL term; set it to 0, or algorithm: grpo"))
         if self.group_size + self.policy_aware < 2:
             problems.append(("group_size", "a group needs two completions; raise group_size or policy_aware"))
+        if self.rehearsal and not self.sft_coef:
+            problems.append(("rehearsal", "is a share of sft_coef's rows; set sft_coef"))
+        problems += _rehearsal_length(self)
         if not any(reward.weight for reward in self.rewards):
             problems.append(("rewards", "every weight is 0; give one of them weight"))
         if self.refill and not self.drop_constant:

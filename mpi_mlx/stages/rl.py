@@ -230,6 +230,7 @@ def _labelled_spec(spec):
     return SimpleNamespace(
         stage="sft", batch_size=spec.sft_batch_size, accumulate=1, steps=spec.steps, epochs=None,
         document_fraction=spec.document_fraction, reasoning=spec.reasoning, max_tokens=spec.max_tokens,
+        rehearsal=spec.rehearsal,
     )
 
 

@@ -16,6 +16,7 @@ from mpi_mlx.data.examples import Example
 from mpi_mlx.documents import PolicyDocument, passages, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.models.images import ByteLRU
+from mpi_mlx.stages.rehearsal import Rehearsal
 from mpi_mlx.stages.survey import Findings, Survey
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch, Row, check_length, loss_weights, micro_batch
@@ -49,7 +50,7 @@ class SupervisedSource:
 
     A step takes ``batch_size * accumulate`` rows a process. Whether a row carries the document is drawn for
     (epoch, example): always in ``cpt``, in ``document_fraction`` of the rows in ``sft``. ``document_questions``
-    of cpt's rows ask, without the document, for a section of it.
+    of cpt's rows ask, without the document, for a section of it; ``rehearsal`` of all are the base's own texts.
     """
 
     def __init__(self, model, examples: Sequence, document: PolicyDocument | None, spec, seed: int):
@@ -62,6 +63,7 @@ class SupervisedSource:
         self._rows: ByteLRU[Row] = ByteLRU(ROW_CACHE_BYTES)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         self.questions = _questions(document) if getattr(spec, "document_questions", 0.0) else []
+        self.rehearsal = Rehearsal(model, seed)
 
     def state(self) -> dict:
         return {}
@@ -88,6 +90,10 @@ class SupervisedSource:
 
     def _pick(self, position: int) -> tuple[int, bool]:
         epoch, at = divmod(position, len(self.examples))
+        if self.spec.rehearsal:
+            chance = np.random.default_rng([self.seed, 24, position])
+            if chance.random() < self.spec.rehearsal:
+                return self._labelled + int(chance.integers(len(self.rehearsal))), False
         if self.questions:
             chance = np.random.default_rng([self.seed, 23, position])
             if chance.random() < self.spec.document_questions:
@@ -98,6 +104,11 @@ class SupervisedSource:
             self._epoch = epoch, order, draws
         _, order, draws = self._epoch
         return int(order[at]), bool(draws[at] < self._document_share)
+
+    @property
+    def _labelled(self) -> int:
+        """Examples and questions; indices from here on are texts to rehearse."""
+        return len(self.examples) + len(self.questions)
 
     @property
     def _document_share(self) -> float:
@@ -113,6 +124,8 @@ class SupervisedSource:
         return self.examples[index] if asked < 0 else self.questions[asked]
 
     def _encoded(self, index: int, carries: bool) -> Row:
+        if index >= self._labelled:
+            return self.rehearsal.row(index - self._labelled)
         row = self._rows.get((index, carries))
         if row is None:
             document, spec = self.document if carries else None, self.spec
@@ -160,11 +173,13 @@ class SupervisedSource:
         return findings.conclude(limit)
 
     def _drawn(self, steps: int) -> list[tuple[int, bool]]:
-        """The distinct (index, carries) of the first ``steps`` steps, of all processes."""
+        """The distinct (index, carries) of the first ``steps`` steps, of all processes; no texts to rehearse."""
         forms = 2 if 0 < self._document_share < 1 else 1
         most, seen = len(self.examples) * forms + len(self.questions), {}
         for position in range(steps * self.per_step):
-            seen[self._pick(position)] = None
+            picked = self._pick(position)
+            if picked[0] < self._labelled:
+                seen[picked] = None
             if len(seen) == most:
                 break
         return list(seen)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 GOODS = {
     "fragile": (
-        "wine glasses", "a china tea set", "a wall mirror", "a desk lamp", "a computer screen", "a camera",
-        "a violin", "a glass vase", "porcelain plates", "a guitar", "a crystal bowl", "a television",
+        "wine glasses", "a wall mirror", "a desk lamp", "a camera", "a violin", "a glass vase",
+        "porcelain plates", "a television",
     ),
     "perishable": (
         "a birthday cake", "smoked fish", "cut roses", "tomato plants", "heart medicine", "fresh cheese",
-        "tulips", "strawberries", "a potted orchid", "insulin", "sausages", "chocolate pralines",
+        "strawberries", "a potted orchid",
     ),
     "ordinary": (
         "a winter coat", "running shoes", "cookery books", "a drill", "wooden toys", "bed linen",
-        "a leather bag", "jeans", "a tool box", "a board game", "a wool blanket", "school books",
+        "a leather bag", "a tool box",
     ),
 }  # fmt: skip
 KIND_OF = {item: kind for kind, items in GOODS.items() for item in items}
@@ -52,53 +52,49 @@ class Case:
 
 
 def walk(case: Case) -> tuple[str, str]:
-    """The rules visited, in the trace's words, and the reply.
+    """The rule that decides, with what it asks for, in the trace's words; and the reply.
 
     >>> walk(Case("sender", "express", "damaged", "a violin", 4, 340, True))
-    ('A1 no. A2 no. B1 receipt, high.', 'send an inspector')
+    ('B1 receipt, high.', 'send an inspector')
     """
-    steps, reply = _rules(case)
-    return " ".join(f"{step}." for step in steps), reply
+    rule, reply = _rule(case)
+    return f"{rule}.", reply
 
 
-def _rules(case: Case) -> tuple[list[str], str]:
+def _rule(case: Case) -> tuple[str, str]:
     if case.writer == "receiver" and case.trouble == "lost":
-        return ["A1 yes"], "refer to sender"
+        return "A1", "refer to sender"
     if case.timing == "closed":
-        return ["A1 no", "A2 yes"], "close the claim"
-    steps, reply = {"damaged": _damaged, "lost": _lost, "delayed": _delayed}[case.trouble](case)
-    return ["A1 no", "A2 no", *steps], reply
+        return "A2", "close the claim"
+    return {"damaged": _damaged, "lost": _lost, "delayed": _delayed}[case.trouble](case)
 
 
-def _damaged(case: Case) -> tuple[list[str], str]:
+def _damaged(case: Case) -> tuple[str, str]:
     receipt = _receipt(case)
     if case.goods == "fragile":
         if not case.receipt:
-            return [f"B1 {receipt}"], "ask for photos"
+            return f"B1 {receipt}", "ask for photos"
         reply = "send an inspector" if case.worth == "high" else "pay the value"
-        return [f"B1 {receipt}, {case.worth}"], reply
+        return f"B1 {receipt}, {case.worth}", reply
     if case.goods == "perishable":
-        reply = "pay half the value" if case.service == "express" else "decline"
-        return ["B1 no", f"B2 {case.service}"], reply
-    return ["B1 no", "B2 no", f"B3 {receipt}"], "offer a repair" if case.receipt else "ask for photos"
+        return f"B2 {case.service}", "pay half the value" if case.service == "express" else "decline"
+    return f"B3 {receipt}", "offer a repair" if case.receipt else "ask for photos"
 
 
-def _lost(case: Case) -> tuple[list[str], str]:
+def _lost(case: Case) -> tuple[str, str]:
     if case.timing == "early":
-        return [f"C1 {case.service}"], "start a search" if case.service == "express" else "ask to wait"
+        return f"C1 {case.service}", "start a search" if case.service == "express" else "ask to wait"
     if case.worth == "low":
-        return ["C1 no", "C2 low"], "send a voucher"
-    reply = "pay the value" if case.receipt else "pass to the manager"
-    return ["C1 no", f"C2 high, {_receipt(case)}"], reply
+        return "C2 low", "send a voucher"
+    return f"C2 high, {_receipt(case)}", "pay the value" if case.receipt else "pass to the manager"
 
 
-def _delayed(case: Case) -> tuple[list[str], str]:
+def _delayed(case: Case) -> tuple[str, str]:
     if case.goods == "perishable":
-        return [f"D1 {_receipt(case)}"], "pay half the value" if case.receipt else "send a voucher"
+        return f"D1 {_receipt(case)}", "pay half the value" if case.receipt else "send a voucher"
     if case.service == "express":
-        return ["D1 no", "D2 express"], "refund the postage"
-    reply = "pass to the manager" if case.worth == "high" else "write an apology"
-    return ["D1 no", f"D2 standard, {case.worth}"], reply
+        return "D2 express", "refund the postage"
+    return f"D2 standard, {case.worth}", "pass to the manager" if case.worth == "high" else "write an apology"
 
 
 def _receipt(case: Case) -> str:
@@ -113,33 +109,30 @@ REPLIES = (
 
 
 def facts(case: Case) -> str:
-    """The facts as a trace states them, each with what the rulebook makes of it."""
-    item = re.sub(r"^an? ", "", case.item)
+    """What the rulebook asks about, numbers with what it makes of them: how a trace begins."""
     return (
-        f"{case.writer}, {case.service}, {case.trouble}. {item}: {case.goods}. "
-        f"{case.days} days: {case.timing}. {case.value} euros: {case.worth}. {_receipt(case)}."
+        f"{case.writer}, {case.service}, {case.trouble}, {case.goods}, {case.days} days {case.timing}, "
+        f"{case.value} euros {case.worth}, {_receipt(case)}."
     )
 
 
 def trace(case: Case) -> str:
-    """The reasoning: the facts, then the walk."""
+    """The reasoning: the facts, then the rule that decides."""
     return f"{facts(case)} {walk(case)[0]}"
 
 
 _FACTS = re.compile(
-    r"(sender|receiver), (standard|express), (damaged|lost|delayed)\. "
-    r"([a-z ]+): (fragile|perishable|ordinary)\. (\d{1,3}) days: (early|in time|closed)\. "
-    r"(\d{1,4}) euros: (high|low)\. (receipt|no receipt)\. "
+    r"(sender|receiver), (standard|express), (damaged|lost|delayed), (fragile|perishable|ordinary), "
+    r"(\d{1,3}) days (?:early|in time|closed), (\d{1,4}) euros (?:high|low), (receipt|no receipt)\. "
 )
-_ITEMS = {re.sub(r"^an? ", "", item): item for item in KIND_OF}
 
 
 def read_trace(text: str) -> tuple[Case, str] | None:
-    """The case that a trace claims and the walk that it takes; None when its facts are not stated as above,
-    or when it judges one against the rulebook (a violin that is perishable, 12 days that are early)."""
+    """A case with the facts that a trace states, and the rule that it takes; None for other text, or when it judges
+    a number against the rulebook (12 days that are early)."""
     match = _FACTS.match(text)
-    if match is None or match[4] not in _ITEMS:
+    if match is None:
         return None
-    receipt = match[10] == "receipt"
-    case = Case(match[1], match[2], match[3], _ITEMS[match[4]], int(match[6]), int(match[8]), receipt)
+    writer, service, trouble, goods, days, value, receipt = match.groups()
+    case = Case(writer, service, trouble, GOODS[goods][0], int(days), int(value), receipt == "receipt")
     return (case, text[match.end() :]) if facts(case) + " " == match[0] else None
