@@ -63,7 +63,7 @@ class SupervisedSource:
         self._rows: ByteLRU[Row] = ByteLRU(ROW_CACHE_BYTES)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         self.questions = _questions(document) if getattr(spec, "document_questions", 0.0) else []
-        self.rehearsal = Rehearsal(model, seed)
+        self.rehearsal, self.rehearsed_share = Rehearsal(model, seed), getattr(spec, "rehearsal", 0.0)
 
     def state(self) -> dict:
         return {}
@@ -90,9 +90,9 @@ class SupervisedSource:
 
     def _pick(self, position: int) -> tuple[int, bool]:
         epoch, at = divmod(position, len(self.examples))
-        if self.spec.rehearsal:
+        if self.rehearsed_share:
             chance = np.random.default_rng([self.seed, 24, position])
-            if chance.random() < self.spec.rehearsal:
+            if chance.random() < self.rehearsed_share:
                 return self._labelled + int(chance.integers(len(self.rehearsal))), False
         if self.questions:
             chance = np.random.default_rng([self.seed, 23, position])

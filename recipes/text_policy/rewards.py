@@ -6,8 +6,8 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 def true_trace(completions: list[str], examples: list[dict]) -> list[float]:
-    """1 for a trace that states all facts and judges them as the rulebook does, takes the rule that follows from them and ends
-    in the reply that it gives; half for facts with another rule or reply; else 0.
+    """1 for a trace that states all facts and judges them as the rulebook does, takes the rule that follows from
+    them and ends in the reply that it gives; half for facts with another rule or reply; else 0.
 
     It compares with no labelled trace, and never sees the case: misread facts cost the answer, not this.
     """
