@@ -11,6 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from mpi_mlx.errors import DataError
 from mpi_mlx.models.encoding import Encoded
 from mpi_mlx.recipe_stages import REHEARSAL_TOKENS
 from mpi_mlx.rollouts.sampler import sample_mixed
@@ -52,10 +53,16 @@ class Rehearsal:
 
 
 def first_words(tokenizer) -> list[str]:
-    """Tokens that are a capitalised word of three letters or more, as text; all that are words where none is."""
+    """Tokens that are a capitalised word of three letters or more, as text; all that are words where none is.
+
+    Raises:
+        DataError: no token is a word in Latin letters.
+    """
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     words = sorted({piece.lstrip("Ġ▁ ") for piece in pieces if piece})
     words = [w for w in words if w.isascii() and w.isalpha()]
+    if not words:
+        raise DataError("rehearsal: no token of this model is a word in Latin letters to begin a text; set it to 0")
     return [w for w in words if len(w) >= 3 and w.istitle()] or words
 
 

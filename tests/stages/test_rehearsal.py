@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from mpi_mlx.errors import DataError
 from mpi_mlx.models import load_model
 from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.recipe import LoraSpec, RlStage, SftStage
@@ -36,6 +38,23 @@ def test_the_base_writes_them_and_all_it_wrote_is_trained(adapted, base_folder):
     assert any(
         list(a.encoded.ids) != list(b.encoded.ids) for a, b in zip(all_rows(base, 3), all_rows(base, 4), strict=True)
     )
+
+
+def test_words_to_begin_with():
+    class Tokenizer:
+        def __init__(self, *pieces):
+            self.pieces = pieces
+
+        def __len__(self):
+            return len(self.pieces)
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.pieces[i] for i in ids]
+
+    assert first_words(Tokenizer("ĠThe", "▁The", "Go", "cube", "<pad>", "12", "Paris")) == ["Paris", "The"]
+    assert first_words(Tokenizer("Go", "cube", "é")) == ["Go", "cube"]
+    with pytest.raises(DataError, match="rehearsal: no token of this model is a word"):
+        first_words(Tokenizer("12", "é", "<pad>"))
 
 
 def test_sampling_leaves_dropout_on(adapted):
