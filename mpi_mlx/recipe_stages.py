@@ -187,6 +187,7 @@ class RlStage(_Stage):
     clip_high: Float | None = Field(
         None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low; dapo 0.28."
     )
+    dual_clip: Float | None = Field(None, gt=1, allow_inf_nan=False, description="Bound where advantages are < 0.")
     kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference.")
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
     top_p: Float = Field(1.0, gt=0, le=1, description="Sample among tokens of this probability in all.")
@@ -240,6 +241,8 @@ class RlStage(_Stage):
         elif self.clip_low != self.clip_high and self.algorithm != "dapo":
             said = f"{self.algorithm} clips both sides alike; set it to clip_low, or algorithm: dapo"
             problems.append(("clip_high", said))
+        if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
+            problems.append(("dual_clip", f"must be above 1 + clip_high ({1 + self.clip_high:g}); raise it"))
         if self.importance_weight and not self.policy_aware:
             problems.append(("importance_weight", "weighs policy-aware completions; set policy_aware"))
         if self.algorithm == "dapo" and self.kl_coef > 0:

@@ -237,7 +237,7 @@ def _rl_changes(stage: dict, changes: dict) -> dict:
     elif not stage.get("policy_aware"):
         changes |= {"group_size": both - both // 2, "policy_aware": both // 2}
     if changes.get("algorithm", "grpo") != stage.get("algorithm", "grpo"):
-        for name in ("clip_low", "clip_high", "aggregation", "kl_coef", "scale_advantages"):
+        for name in ("clip_low", "clip_high", "dual_clip", "aggregation", "kl_coef", "scale_advantages"):
             stage.pop(name, None)
     return changes
 

@@ -62,7 +62,7 @@ class RolloutObjective:
         if spec.importance_weight:
             importance = importance_weights(micro.old_logprobs, self._sampled(micro, mask.shape), mask)
         result = surrogate(
-            logprobs, micro.old_logprobs, advantages, mask, spec.clip_low, spec.clip_high, importance
+            logprobs, micro.old_logprobs, advantages, mask, spec.clip_low, spec.clip_high, importance, spec.dual_clip
         )
         loss = result.loss
         count = mask.sum()

@@ -5,6 +5,7 @@ divides once, so that splitting a batch never changes the loss. Shapes: N positi
 R rows (completions), T tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -218,13 +219,16 @@ def surrogate(
     clip_low: float,
     clip_high: float,
     importance: mx.array | None = None,
+    dual_clip: float | None = None,
 ) -> Surrogate:
     """PPO's clipped objective, negated, per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
+
+    That is unbounded where A < 0 and r is large; `dual_clip`, above 1 + clip_high, bounds r there.
 
     `logprobs`, `old_logprobs`, `mask` are (R, T), `advantages` (R,) or (R, T). `importance`, (R,) or (R, T),
     multiplies the loss without gradient (the ratio between the scored and the sampling distribution).
     `clipped` is true where the clip takes the token's gradient away. Masked entries are zero.
-    GRPO: arXiv 2402.03300 eq. 3; apart bounds: DAPO, arXiv 2503.14476 eq. 8.
+    GRPO: arXiv 2402.03300 eq. 3; apart bounds: DAPO, arXiv 2503.14476 eq. 8; dual clip: arXiv 1912.09729 eq. 5.
     """
     mask = mask.astype(mx.float32)
     if advantages.ndim == 1:
@@ -233,11 +237,13 @@ def surrogate(
     difference = mx.where(mask > 0, logprobs - mx.stop_gradient(old_logprobs), 0.0)
     ratio = mx.exp(difference)
     bounded = mx.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    loss = -mx.minimum(ratio * advantages, bounded * advantages)
+    highest = math.inf if dual_clip is None else dual_clip
+    loss = -mx.minimum(mx.minimum(ratio, highest) * advantages, bounded * advantages)
     if importance is not None:
         importance = importance[:, None] if importance.ndim == 1 else importance
         loss = loss * mx.stop_gradient(importance)
-    clipped = ((ratio < 1.0 - clip_low) & (advantages < 0)) | ((ratio > 1.0 + clip_high) & (advantages > 0))
+    falling = (ratio < 1.0 - clip_low) | (ratio > highest)
+    clipped = (falling & (advantages < 0)) | ((ratio > 1.0 + clip_high) & (advantages > 0))
     return Surrogate(loss * mask, clipped & (mask > 0), mx.stop_gradient(ratio))
 
 

@@ -159,6 +159,20 @@ def test_surrogate_gradient_is_gone_where_clipped():
     np.testing.assert_allclose(grad, [[0.0, -1.1]], rtol=1e-6, atol=1e-7)
 
 
+def test_dual_clip_bounds_negative_advantages_alone():
+    # ratios 5 and 2.5 with A = +1, -1; bounds 0.8, 1.2, and 3 where A < 0
+    new = mx.log(mx.array([[5.0, 2.5], [5.0, 2.5]]))
+
+    def total(x):
+        return losses.surrogate(x, mx.zeros((2, 2)), mx.array([1.0, -1.0]), ones, 0.2, 0.2, None, 3.0).loss.sum()
+
+    ones = mx.ones((2, 2))
+    result = losses.surrogate(new, mx.zeros((2, 2)), mx.array([1.0, -1.0]), ones, 0.2, 0.2, dual_clip=3.0)
+    np.testing.assert_allclose(result.loss, [[-1.2, -1.2], [3.0, 2.5]], rtol=1e-6)
+    assert result.clipped.tolist() == [[True, True], [True, False]]
+    np.testing.assert_allclose(mx.grad(total)(new), [[0.0, 0.0], [0.0, 2.5]], rtol=1e-6, atol=1e-7)
+
+
 def test_surrogate_ignores_masked_entries():
     mask = mx.array([[1, 0]])
     new, old = mx.array([[0.0, 500.0]]), mx.array([[0.0, -math.inf]])
