@@ -1,12 +1,17 @@
 """Text of the base model's own, trained on beside the stage's rows so that what it knew is not forgotten.
 
-Rehearsal needs old data, which a model's users do not have. The model can write it: a language model's samples are
-drawn from what it learned, and cross-entropy on them is, up to a constant, the KL divergence of the model in training
-from the base. Self-synthesized rehearsal: arXiv 2403.01244. Here the texts begin with a word drawn from the
-vocabulary and follow no instruction; the base is the model with its adapters switched off.
+Rehearsal needs old data, which a model's users do not have. The model can write it (self-synthesized rehearsal,
+arXiv 2403.01244): here the texts begin with a word drawn from the vocabulary and follow no instruction, and the base
+is the model with its adapters switched off. What is trained is not the texts, a few of which would soon be known by
+heart, but the base's whole next-token distribution at each of their places (learning without forgetting,
+arXiv 1606.09282): a place's loss is the KL divergence of the model in training from it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +20,28 @@ from mpi_mlx.errors import DataError
 from mpi_mlx.models.encoding import Encoded
 from mpi_mlx.recipe_stages import REHEARSAL_TOKENS
 from mpi_mlx.rollouts.sampler import sample_mixed
-from mpi_mlx.training.batch import Row, loss_weights
+from mpi_mlx.training.batch import MicroBatch, Row, loss_weights, micro_batch
+from mpi_mlx.training.distillation import kl_from
+from mpi_mlx.training.forward import hidden_states
 
 TEXTS = 64  # a stage
 WORD_TOKENS = 8  # of a first word, at most, with what the tokenizer puts before it
+
+
+@dataclass(frozen=True)
+class RehearsalMicro:
+    """Texts to rehearse as one forward, with the base's final hidden states (N, D) at the N places that count."""
+
+    batch: MicroBatch
+    teacher: mx.array
+
+    @property
+    def count(self) -> float:
+        return self.batch.count
+
+    def loss(self, model) -> mx.array:
+        """Summed KL divergence of ``model`` from its base."""
+        return kl_from(model.head, self.teacher, _at_weights(model, self.batch)).sum()
 
 
 class Rehearsal:
@@ -27,6 +50,7 @@ class Rehearsal:
     def __init__(self, model, seed: int):
         self.model, self.seed = model, seed
         self._rows: list[Row] = []
+        self._teachers: dict[int, mx.array] = {}
 
     def __len__(self) -> int:
         return TEXTS
@@ -37,19 +61,52 @@ class Rehearsal:
             self._rows = self._write()
         return self._rows[index]
 
+    def micro(self, indices: Sequence[int]) -> RehearsalMicro:
+        """These texts, one row each."""
+        for index in indices:
+            if index not in self._teachers:
+                self._teachers[index] = self._teacher(index)
+        # never split at a prefix: what repeats here is a whole text
+        batch = micro_batch([self.row(i) for i in indices], self.model.pad_id, min_prefix=REHEARSAL_TOKENS)
+        return RehearsalMicro(batch, mx.concatenate([self._teachers[i] for i in indices]))
+
+    def _teacher(self, index: int) -> mx.array:
+        """The base's hidden states (n, D) where text ``index`` is trained. Alone, so that nothing else matters."""
+        alone = micro_batch([self.row(index)], self.model.pad_id)
+        with _as_base(self.model):
+            states = mx.stop_gradient(_at_weights(self.model, alone))
+            mx.eval(states)
+        return states
+
     def _write(self) -> list[Row]:
         model = self.model
         random = np.random.default_rng([self.seed, 25])
         words = random.choice(np.array(first_words(model.tokenizer), dtype=object), TEXTS)
         prompts = [_prompt(model, word) for word in words]
-        was_training = model.net.training
-        model.net.eval()  # no dropout
-        with model.adapters_disabled():
+        with _as_base(model):
             key = mx.random.key(int(random.integers(2**31)))
             found = sample_mixed(model, [(p, 1) for p in prompts], max_tokens=REHEARSAL_TOKENS - WORD_TOKENS, key=key)
-        model.net.train(was_training)
         texts = [p.concat(some[0].ids) for p, some in zip(prompts, found, strict=True)]
         return [Row(text, loss_weights(text, "sft"), f"rehearsal {n}") for n, text in enumerate(texts)]
+
+
+@contextmanager
+def _as_base(model) -> Iterator[None]:
+    """Within, adapters are off and nothing is dropped out."""
+    was_training = model.net.training
+    model.net.eval()
+    try:
+        with model.adapters_disabled():
+            yield
+    finally:
+        model.net.train(was_training)
+
+
+def _at_weights(model, batch: MicroBatch) -> mx.array:
+    """Final hidden states (N, D) at the N positions that have a weight, row after row."""
+    _, hidden = hidden_states(model, batch)
+    places = np.flatnonzero(batch.tails.weights.reshape(-1)).astype(np.int32)
+    return hidden.reshape(-1, hidden.shape[-1])[mx.array(places)]
 
 
 def first_words(tokenizer) -> list[str]:

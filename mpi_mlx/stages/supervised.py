@@ -16,7 +16,7 @@ from mpi_mlx.data.examples import Example
 from mpi_mlx.documents import PolicyDocument, passages, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.models.images import ByteLRU
-from mpi_mlx.stages.rehearsal import Rehearsal
+from mpi_mlx.stages.rehearsal import Rehearsal, RehearsalMicro
 from mpi_mlx.stages.survey import Findings, Survey
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch, Row, check_length, loss_weights, micro_batch
@@ -74,15 +74,20 @@ class SupervisedSource:
     def batch(self, step: int) -> Batch:
         picked = [self._pick(step * self.per_step + i) for i in range(self.per_step)]
         mine = picked[world.world().rank() :: world.world().size()]
+        rehearsed = [index - self._labelled for index, _ in mine if index >= self._labelled]
+        mine = [(index, carries) for index, carries in mine if index < self._labelled]
         rows = [self._row(index, carries) for index, carries in mine]
         order = sorted(range(len(rows)), key=lambda i: (mine[i][1], len(rows[i]), i))
-        micros: list[MicroBatch] = []
+        micros: list[MicroBatch | RehearsalMicro] = []
         for carries in (False, True):
             # Rows with the document share its prefix; rows without it share too little to gain by it.
             chosen = [rows[i] for i in order if mine[i][1] == carries]
             for start in range(0, len(chosen), self.spec.batch_size):
                 some = chosen[start : start + self.spec.batch_size]
                 micros.append(micro_batch(some, self.model.pad_id, packed=True))
+        for start in range(0, len(rehearsed), self.spec.batch_size):
+            micros.append(self.rehearsal.micro(rehearsed[start : start + self.spec.batch_size]))
+        rows += [self.rehearsal.row(index) for index in rehearsed]
         count, tokens = world.sum_numbers(
             [sum(m.count for m in micros), float(sum(len(r) for r in rows))]
         )
@@ -124,8 +129,6 @@ class SupervisedSource:
         return self.examples[index] if asked < 0 else self.questions[asked]
 
     def _encoded(self, index: int, carries: bool) -> Row:
-        if index >= self._labelled:
-            return self.rehearsal.row(index - self._labelled)
         row = self._rows.get((index, carries))
         if row is None:
             document, spec = self.document if carries else None, self.spec
@@ -197,12 +200,14 @@ def _questions(document: PolicyDocument | None) -> list[Example]:
 
 
 class SupervisedObjective:
-    """Cross-entropy over the weighted tokens: (sum, metrics)."""
+    """Cross-entropy over the weighted tokens, or what texts to rehearse lose: (sum, metrics)."""
 
     def __init__(self, model):
         self.model = model
 
-    def __call__(self, micro: MicroBatch) -> tuple[mx.array, dict]:
+    def __call__(self, micro: MicroBatch | RehearsalMicro) -> tuple[mx.array, dict]:
+        if isinstance(micro, RehearsalMicro):
+            return micro.loss(self.model), {}
         logprobs, weights = micro_logprobs(self.model, micro)
         loss, _ = sft_loss(logprobs, weights)
         return loss, {}

@@ -10,7 +10,7 @@ from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.recipe import LoraSpec, RlStage, SftStage
 from mpi_mlx.recipe_stages import REHEARSAL_TOKENS
 from mpi_mlx.rollouts.rewards import build_rewards
-from mpi_mlx.stages.rehearsal import TEXTS, Rehearsal, first_words
+from mpi_mlx.stages.rehearsal import TEXTS, Rehearsal, RehearsalMicro, first_words
 from mpi_mlx.stages.rl import RolloutSource
 from mpi_mlx.stages.rl_objective import LabelledMicro
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource
@@ -101,6 +101,36 @@ def test_rehearsal_keeps_what_the_base_wrote_likely(adapted, base_folder, datase
     assert plain > 0.1 and rehearsed < plain / 2
 
 
+def test_a_place_loses_the_divergence_from_the_base(adapted, base_folder):
+    """By numpy, from the logits of whole forwards; texts of different lengths, one of them twice."""
+    model, base = adapted(), load_model(base_folder)
+    picked = [3, 0, 3]
+    expected = places = 0.0
+    for index in picked:
+        row = Rehearsal(model, 3).row(index)
+        logits = [np.array(_logits(m, row.encoded), np.float64) for m in (base, model)]
+        old, new = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
+        divergence = (np.exp(old) * (old - new)).sum(-1)[:-1]
+        expected += (divergence * row.weights[1:]).sum()
+        places += row.weights.sum()
+    micro = Rehearsal(model, 3).micro(picked)
+    loss, _ = SupervisedObjective(model)(micro)
+    assert expected > 0.1 and micro.count == places
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)
+
+
+def _logits(model, encoded):
+    ids, positions = mx.array(encoded.ids)[None], mx.array(encoded.position_ids)[:, None]
+    return model.head(model.hidden(model.embed(ids), positions if model.uses_mrope else positions[0]))[0]
+
+
+def test_a_model_that_is_its_base_has_nothing_to_lose(base_folder):
+    model = load_model(base_folder)
+    attach_lora(model, LoraSpec(rank=2))
+    loss, _ = SupervisedObjective(model)(Rehearsal(model, 3).micro([0, 1]))
+    assert abs(loss.item()) < 1e-4
+
+
 def test_in_rl_they_take_the_place_of_labelled_rows(model, dataset):
     spec = RlStage(
         stage="rl", steps=2, prompts=2, group_size=2, max_completion_tokens=4, sft_coef=0.1, sft_batch_size=3,
@@ -108,4 +138,5 @@ def test_in_rl_they_take_the_place_of_labelled_rows(model, dataset):
     )
     source = RolloutSource(model, dataset.rl, None, spec, build_rewards(spec.rewards), 5, dataset.train)
     (mixed,) = [m for m in source.batch(0).micros if isinstance(m, LabelledMicro)]
-    assert len(mixed.batch.identities) == 3 and all(i.startswith("rehearsal ") for i in mixed.batch.identities)
+    assert len(mixed.batch.batch.identities) == 3
+    assert isinstance(mixed.batch, RehearsalMicro) and mixed.scale > 0
