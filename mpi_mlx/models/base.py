@@ -262,9 +262,13 @@ class Model:
         """Logits (..., V) of hidden states (..., D)."""
         return self.parts.head(hidden)
 
-    def head_weight(self) -> mx.array | None:
-        """(V, D) with ``logits = hidden @ weight.T``; None when the head is quantized or not linear."""
+    def head_weight(self) -> mx.array | tuple[mx.array, mx.array] | None:
+        """(V, D) with ``logits = hidden @ weight.T``, and a bias (V,) if the head has adapters and one; None when the
+        head is quantized or not linear. Adapters are trained through the matrix: it is made anew at each call."""
         module = self.parts.head_module
+        if hasattr(module, "weight_now"):  # a linear with adapters
+            bias = module.linear.get("bias")
+            return module.weight_now() if bias is None else (module.weight_now(), bias)
         plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
         return module.weight if plain else None
 

@@ -59,6 +59,13 @@ class LoRALinear(VlmLoRALinear):
     def unmerge(self) -> None:
         self.pop("_merged", None)
 
+    def weight_now(self) -> mx.array:
+        """(outputs, inputs): the one matrix that the layer is, dropout aside; its gradient reaches the adapter."""
+        weight = dequantized_weight(self.linear)
+        if not self.switch.enabled:
+            return weight
+        return weight + ((self.lora_a * self.scale) @ self.lora_b).T.astype(weight.dtype)
+
     def __call__(self, x: mx.array) -> mx.array:
         if "_merged" in self and self.switch.enabled:
             product = x @ self._merged.T
@@ -114,6 +121,14 @@ class DoRALinear(VlmDoRALinear):
     @property
     def linear_dtype(self) -> mx.Dtype:
         return self.linear.scales.dtype if "scales" in self.linear else self.linear.weight.dtype
+
+    def weight_now(self) -> mx.array:
+        """As :meth:`LoRALinear.weight_now`."""
+        weight = dequantized_weight(self.linear)
+        if not self.switch.enabled:
+            return weight
+        whole = weight + ((self.lora_a * self.scale) @ self.lora_b).T.astype(weight.dtype)
+        return (self.m / self._norm())[:, None].astype(weight.dtype) * whole
 
     def __call__(self, x: mx.array) -> mx.array:
         if not self.switch.enabled:
