@@ -199,6 +199,7 @@ class RlStage(_Stage):
     scale_advantages: Bool | None = Field(
         None, description="Divide by the group's standard deviation. Default true; dr_grpo false."
     )
+    negative_weight: Float = Field(1.0, ge=0, allow_inf_nan=False, description="Of advantages below 0.")
     drop_constant: Bool | None = Field(
         None, description="Drop groups whose rewards are all alike. Default false; dapo true."
     )

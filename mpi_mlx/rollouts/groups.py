@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -35,12 +35,21 @@ class RolloutGroup:
         rewards = [r.reward for r in self.rollouts]
         return max(rewards) - min(rewards) > 1e-6
 
+    def weighted(self) -> RolloutGroup:
+        """The group without the rollouts whose advantage is 0, which have no part in the clipped objective."""
+        kept = [n for n, advantage in enumerate(self.advantages) if advantage]
+        return replace(self, rollouts=tuple(self.rollouts[n] for n in kept), advantages=self.advantages[kept])
 
-def compute_advantages(rewards: np.ndarray, *, scale: bool = True, eps: float = 1e-4) -> np.ndarray:
+
+def compute_advantages(
+    rewards: np.ndarray, *, scale: bool = True, negative_weight: float = 1.0, eps: float = 1e-4
+) -> np.ndarray:
     """Rewards (G,) of one group, centred and (``scale``) divided by their standard deviation.
 
     GRPO (arXiv 2402.03300, section 4.1.2) scales; Dr.GRPO (arXiv 2503.20783) does not. The union of plain and
     policy-aware rollouts is one group (PolicyRollout). The deviation is the sample's (ddof 1), as in TRL.
+    ``negative_weight`` multiplies what is below 0; with 0 only the better completions are learned, as in RAFT++
+    (arXiv 2504.11343), which cannot push a model away from what it says without telling it what to say instead.
 
     >>> compute_advantages(np.array([1.0, 0.0]))      # mean .5, deviation .70711: +-.70701
     """
@@ -49,6 +58,7 @@ def compute_advantages(rewards: np.ndarray, *, scale: bool = True, eps: float = 
     if scale:
         deviation = rewards.std(ddof=1) if len(rewards) > 1 else 0.0
         centred = centred / (deviation + eps)
+    centred = np.where(centred < 0, negative_weight * centred, centred)
     return centred.astype(np.float32)
 
 

@@ -75,7 +75,10 @@ class RolloutSource:
             if enough or not spec.refill or rounds > spec.max_refill:
                 break
         kept = kept[: spec.prompts]
-        micros = [RolloutMicro(g) for g in _by_tokens(kept, spec.micro_tokens)]
+        trained = kept
+        if spec.negative_weight == 0 and spec.kl_coef == 0:
+            trained = [g.weighted() for g in kept if g.advantages.any()]
+        micros = [RolloutMicro(g) for g in _by_tokens(trained, spec.micro_tokens)]
         if spec.kl_coef > 0:
             self._score_reference(micros)
         count = world.sum_numbers([_normaliser(kept, spec)])[0]
@@ -184,7 +187,9 @@ class RolloutSource:
                 )
                 at += 1
             rewards = np.array([r.reward for r in rollouts])
-            advantages = compute_advantages(rewards, scale=spec.scale_advantages)
+            advantages = compute_advantages(
+                rewards, scale=spec.scale_advantages, negative_weight=spec.negative_weight
+            )
             out.append(RolloutGroup(prompt, tuple(rollouts), advantages, example.id))
         return out
 

@@ -16,6 +16,17 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(compute_advantages(np.array(rewards), scale=False), np.array(rewards) - 0.5)
 
 
+def test_negative_advantages_are_weighed_and_those_of_no_weight_left_out():
+    found = compute_advantages(np.array([1.0, 0.0, 0.0, 0.0]), scale=False, negative_weight=0.5)
+    np.testing.assert_allclose(found, [0.75, -0.125, -0.125, -0.125])
+    none = compute_advantages(np.array([1.0, 0.0, 0.6, 0.0]), scale=False, negative_weight=0.0)
+    np.testing.assert_allclose(none, [0.6, 0.0, 0.2, 0.0], atol=1e-7)
+    rollouts = tuple(Rollout(np.zeros(1), np.zeros(1), str(n), 0.0, False, True) for n in range(4))
+    kept = RolloutGroup("prompt", rollouts, none, "a").weighted()
+    assert [r.text for r in kept.rollouts] == ["0", "2"] and (kept.prompt, kept.identity) == ("prompt", "a")
+    np.testing.assert_allclose(kept.advantages, [0.6, 0.2], atol=1e-7)
+
+
 def test_constant_and_lonely_rewards_give_no_advantage():
     np.testing.assert_allclose(compute_advantages(np.array([0.7, 0.7, 0.7])), 0, atol=1e-9)
     assert compute_advantages(np.array([3.0])).tolist() == [0]

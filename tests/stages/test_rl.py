@@ -111,6 +111,25 @@ def test_advantages_are_centred_over_plain_and_policy_aware_together(model, data
     assert batch.metrics["reward"] == pytest.approx(0.4) and batch.metrics["reward/given"] == 0
 
 
+def test_without_negative_weight_only_the_better_are_forwarded_and_the_loss_is_the_same(model, dataset):
+    """The losses of all rollouts with the worse ones' advantages at 0, divided by the number of all."""
+
+    def loss_of(batch):
+        objective = RolloutObjective(model, spec)
+        return sum(objective(m)[0].item() for m in batch.micros) / batch.count
+
+    spec = spec_of(policy_aware=2, negative_weight=0.0)
+    batch = source_of(model, dataset, spec).batch(0)  # rewards 0, 1, 0, 1, 0
+    groups = groups_of(batch)
+    assert [[r.reward for r in g.rollouts] for g in groups] == [[1.0, 1.0]] * 2
+    assert all((g.advantages > 0).all() for g in groups) and batch.metrics["reward"] == pytest.approx(0.4)
+    whole = source_of(model, dataset, spec_of(policy_aware=2)).batch(0)
+    assert whole.count == batch.count == 10
+    for micro in whole.micros:
+        micro.groups = [replace(g, advantages=np.maximum(g.advantages, 0)) for g in micro.groups]
+    assert loss_of(batch) == pytest.approx(loss_of(whole), rel=1e-5) and loss_of(batch) < -0.1
+
+
 @pytest.mark.parametrize("sampler", ["model", "reference"])
 def test_who_draws_what_from_which_prompt(model, dataset, sampler):
     spec = spec_of(policy_aware=2, policy_aware_sampler=sampler)
