@@ -192,7 +192,8 @@ class RlStage(_Stage):
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
     top_p: Float = Field(1.0, gt=0, le=1, description="Sample among tokens of this probability in all.")
     max_completion_tokens: Int = Field(256, ge=1, description="Longest completion.")
-    updates_per_rollout: Int = Field(1, ge=1, description="Optimizer updates on each step's rollouts.")
+    updates_per_rollout: Int = Field(1, ge=1, description="Passes over each step's rollouts.")
+    minibatches: Int = Field(1, ge=1, description="Optimizer updates of a pass, each on its share of the prompts.")
     aggregation: Literal["sequence", "token", "constant"] | None = Field(
         None, description="What the loss is divided by. Default: grpo sequence, dapo token, dr_grpo constant."
     )
@@ -248,6 +249,8 @@ class RlStage(_Stage):
             problems.append(("importance_weight", "weighs policy-aware completions; set policy_aware"))
         if self.algorithm == "dapo" and self.kl_coef > 0:
             problems.append(("kl_coef", "dapo has no KL term; set it to 0, or algorithm: grpo"))
+        if self.minibatches > self.prompts:
+            problems.append(("minibatches", f"each takes a prompt or more; at most prompts ({self.prompts})"))
         if self.group_size + self.policy_aware < 2:
             problems.append(("group_size", "a group needs two completions; raise group_size or policy_aware"))
         if self.rehearsal and not self.sft_coef:

@@ -287,6 +287,7 @@ def test_one_wrong_key_or_value(put, old, new, line):
         (("policy_aware: 8", "group_size: 1"), "10: stages.2.group_size: a group needs two completions; raise group_size or policy_aware"),
         (("epochs: 3", "epochs: 3, group_size: 4"), "6: stages.1.group_size: unknown key here: only rl has it"),
         (("kl_coef: 0.0", "clip_low: 0.1\n    clip_high: 0.28"), "12: stages.2.clip_high: grpo clips both sides alike; set it to clip_low, or algorithm: dapo"),
+        (("policy_aware: 8", "minibatches: 9"), "10: stages.2.minibatches: each takes a prompt or more; at most prompts (8)"),
         (("kl_coef: 0.0", "dual_clip: 1.2"), "11: stages.2.dual_clip: must be above 1 + clip_high (1.2); raise it"),
         (("kl_coef: 0.0", "clip_low: 0.4\n    clip_high: 0.28"), "11: stages.2.clip_low: found 0.4, allowed: clip_high (0.28) or less"),
         (("policy_aware: 8", "importance_weight: true"), "10: stages.2.importance_weight: weighs policy-aware completions; set policy_aware"),

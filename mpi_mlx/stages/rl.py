@@ -24,6 +24,8 @@ from mpi_mlx.training import world
 from mpi_mlx.training.fit import Batch
 from mpi_mlx.training.score import score
 
+NOTHING = 1e-9  # the count of a part none of whose groups is kept
+
 
 class RolloutSource:
     """Draws the step's rollouts when the step begins. Its state is where it stands in the prompts.
@@ -75,22 +77,32 @@ class RolloutSource:
             if enough or not spec.refill or rounds > spec.max_refill:
                 break
         kept = kept[: spec.prompts]
-        trained = kept
+        parts = [self._part(kept[n :: spec.minibatches], step * spec.minibatches + n) for n in range(spec.minibatches)]
+        first, *others = [p for p in parts if p.count > NOTHING] or parts[:1]
+        first.updates, first.metrics = spec.updates_per_rollout, self._metrics(drawn, kept, rounds)
+        first.tokens += sum(part.tokens for part in others)
+        first.minibatches = others
+        return first
+
+    def _part(self, groups: list[RolloutGroup], number: int) -> Batch:
+        """Groups of one update, with the labelled rows that go with them."""
+        spec = self.spec
+        trained = groups
         if spec.negative_weight == 0 and spec.kl_coef == 0:
-            trained = [g.weighted() for g in kept if g.advantages.any()]
+            trained = [g.weighted() for g in groups if g.advantages.any()]
         micros = [RolloutMicro(g) for g in _by_tokens(trained, spec.micro_tokens)]
         if spec.kl_coef > 0:
             self._score_reference(micros)
-        count = world.sum_numbers([_normaliser(kept, spec)])[0]
-        metrics = self._metrics(drawn, kept, rounds)
-        tokens = sum(len(r.completion_ids) for g in kept for r in g.rollouts)
+        if spec.minibatches > 1:  # the model will have moved when the next part's turn comes
+            self._score_old(micros)
+        count = world.sum_numbers([_normaliser(groups, spec)])[0]
+        tokens = sum(len(r.completion_ids) for g in groups for r in g.rollouts)
         if self.labelled is not None:
-            labelled = self.labelled.batch(step)
+            labelled = self.labelled.batch(number)
             scale = spec.sft_coef * count / max(labelled.count, 1.0)
             micros += [LabelledMicro(m, scale) for m in labelled.micros]
             tokens += labelled.tokens
-        identities = tuple(g.identity for g in kept)
-        return Batch(micros, max(count, 1e-9), tokens, spec.updates_per_rollout, metrics, identities)
+        return Batch(micros, max(count, NOTHING), tokens, identities=tuple(g.identity for g in groups))
 
     def survey(self, steps: int) -> Survey:
         """Looks at the prompts of the first ``steps`` steps, refills not counted; see ``survey_prompts``."""
@@ -196,10 +208,16 @@ class RolloutSource:
     def _score_reference(self, micros: list[RolloutMicro]) -> None:
         with self.model.adapters_disabled():
             for micro in micros:
-                temperature = self.spec.temperature or 1.0
-                logprobs, _ = score(self.model, micro.pairs, temperature=temperature, gradient=False)
-                micro.reference_logprobs = mx.stop_gradient(logprobs)
-                mx.eval(micro.reference_logprobs)
+                micro.reference_logprobs = self._scored(micro)
+
+    def _score_old(self, micros: list[RolloutMicro]) -> None:
+        for micro in micros:
+            micro.old_logprobs = self._scored(micro)
+
+    def _scored(self, micro: RolloutMicro) -> mx.array:
+        logprobs, _ = score(self.model, micro.pairs, temperature=self.spec.temperature or 1.0, gradient=False)
+        mx.eval(logprobs)
+        return mx.stop_gradient(logprobs)
 
     def _metrics(self, drawn: list[RolloutGroup], kept: list[RolloutGroup], rounds: int) -> dict[str, float]:
         """Means over all rollouts drawn, in all processes."""

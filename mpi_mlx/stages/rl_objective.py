@@ -22,6 +22,7 @@ class RolloutMicro:
     groups: list[RolloutGroup]
     old_logprobs: mx.array | None = None  # (R, T), scored before the first update on this batch
     reference_logprobs: mx.array | None = None  # (R, T), adapters switched off
+    trained: bool = False
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -53,8 +54,7 @@ class RolloutObjective:
             return loss * micro.scale, {}
         spec = self.spec
         logprobs, mask = score(self.model, micro.pairs, temperature=spec.temperature or 1.0)
-        first = micro.old_logprobs is None
-        if first:
+        if micro.old_logprobs is None:
             # Before the first update on this batch the model is the one that the ratio is taken against.
             micro.old_logprobs = mx.stop_gradient(logprobs)
         advantages = mx.array(np.concatenate([g.advantages for g in micro.groups]))
@@ -71,8 +71,9 @@ class RolloutObjective:
             kl = k3_kl(logprobs, micro.reference_logprobs, mask)
             loss = loss + spec.kl_coef * kl
             metrics["kl"] = (mx.stop_gradient(kl).sum(), count)
-        if first:
-            metrics["drift"] = self._drift(micro, logprobs, mask)
+        if not micro.trained:
+            metrics["drift"] = self._drift(micro, mask)
+            micro.trained = True
         total, _ = aggregate(loss, mask, spec.aggregation, spec.max_completion_tokens)
         return total, metrics
 
@@ -84,8 +85,8 @@ class RolloutObjective:
             out[row, : len(rollout.sampled_logprobs)] = rollout.sampled_logprobs
         return mx.array(out)
 
-    def _drift(self, micro: RolloutMicro, logprobs: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    def _drift(self, micro: RolloutMicro, mask: mx.array) -> tuple[mx.array, mx.array]:
         """Mean |scored - sampled| log-probability of the plain rollouts, which the same model drew."""
         plain = mx.array(np.array([not r.policy_aware for r in micro.rollouts], np.float32))[:, None] * mask
-        difference = mx.abs(mx.stop_gradient(logprobs) - self._sampled(micro, mask.shape))
+        difference = mx.abs(micro.old_logprobs - self._sampled(micro, mask.shape))
         return (difference * plain).sum(), plain.sum()

@@ -28,6 +28,7 @@ class Batch:
 
     ``micros``: this process' micro-batches; ``count``: the normaliser of the summed loss over *all*
     processes; ``updates``: optimizer updates made on it; ``metrics``: what the source measured.
+    ``minibatches``: further batches, whose updates follow in turn, one of each in every round of ``updates``.
     """
 
     micros: Sequence[Any]
@@ -36,6 +37,7 @@ class Batch:
     updates: int = 1
     metrics: dict[str, float] = field(default_factory=dict)
     identities: tuple[str, ...] = ()
+    minibatches: Sequence[Batch] = ()
 
 
 class Source(Protocol):
@@ -79,11 +81,13 @@ def fit(
         batch = source.batch(step)
         rate = learning_rate_at(step, total, spec)
         metrics = dict(batch.metrics)
-        for update in range(batch.updates):
-            loss, norm, measured = _update(module, batch, objective, spec, optimizer, rate, step)
-            if update == 0:
-                first_loss = loss
-            metrics |= measured
+        losses = []
+        for _ in range(batch.updates):
+            for part in (batch, *batch.minibatches):
+                loss, norm, measured = _update(module, part, objective, spec, optimizer, rate, step)
+                losses.append(loss)
+                metrics |= measured
+        first_loss = sum(losses[: 1 + len(batch.minibatches)]) / (1 + len(batch.minibatches))
         seconds = time.perf_counter() - began
         yield StepReport(
             stage=spec.stage, step=step + 1, total_steps=total, loss=first_loss, learning_rate=rate,

@@ -286,6 +286,37 @@ def test_policy_aware_completions_are_trained_on_the_plain_prompt(model, dataset
     assert abs(wrong - expected) > 1e-2
 
 
+def test_minibatches_share_the_prompts_and_are_measured_against_the_model_that_drew_them(model, dataset):
+    spec = spec_of(prompts=5, minibatches=2, updates_per_rollout=3, sft_coef=0.1, sft_batch_size=2)
+    batch = source_of(model, dataset, spec, labelled=dataset.train).batch(1)
+    whole = source_of(model, dataset, spec_of(prompts=5)).batch(1)
+    (second,) = batch.minibatches
+    assert (batch.updates, batch.count, second.count) == (3, 9, 6)
+    assert sorted(g.identity for b in (batch, second) for g in groups_of(b)) == sorted(
+        g.identity for g in groups_of(whole)
+    )
+    assert batch.metrics == pytest.approx(whole.metrics) and batch.tokens > whole.tokens
+    labelled = [[m.batch.identities for m in b.micros if isinstance(m, LabelledMicro)] for b in (batch, second)]
+    assert labelled[0] != labelled[1]
+    drawn = [m for b in (batch, second) for m in b.micros if isinstance(m, RolloutMicro)]
+    for micro in drawn:
+        scores = plain_scores(model, micro)
+        for row, expected in enumerate(scores):
+            np.testing.assert_allclose(micro.old_logprobs[row, : len(expected)], expected, atol=1e-4)
+        _, metrics = RolloutObjective(model, spec)(micro)
+        assert metrics["drift"][0].item() / metrics["drift"][1].item() < 1e-4
+
+
+def test_a_minibatch_without_signal_is_left_out(model, dataset):
+    """Of four prompts one has completions that differ: one update, not two."""
+    chosen = source_of(model, dataset, spec_of(prompts=4)).batch(0).identities[2]
+    spec = spec_of(prompts=4, minibatches=2, drop_constant=True)
+    batch = source_of(model, dataset, spec, lambda n, e: float(n % 2 and e.id == chosen)).batch(0)
+    assert batch.identities == (chosen,) and not batch.minibatches
+    nothing = source_of(model, dataset, spec, lambda n, e: 0.0).batch(0)
+    assert not nothing.identities and not nothing.minibatches
+
+
 def test_later_updates_are_clipped_on_both_sides(model, dataset):
     spec = spec_of(
         algorithm="dapo", aggregation="sequence", prompts=3, updates_per_rollout=3, clip_low=0.05,

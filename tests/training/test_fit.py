@@ -48,11 +48,11 @@ class Source:
 
 
 def train(
-    split=(), *, total=4, start=0, clip_norm=0.0, noise=0.0, state=None, updates=1, break_at=None, **changes
+    split=(), *, total=4, start=0, clip_norm=0.0, noise=0.0, state=None, updates=1, break_at=None, source=None,
+    **changes,
 ):
-    spec = SimpleNamespace(
-        stage="sft", learning_rate=0.1, warmup=0.5, schedule="linear", min_lr_ratio=0.0, clip_norm=clip_norm
-    )
+    usual = {"warmup": 0.5, "schedule": "linear"} | changes
+    spec = SimpleNamespace(stage="sft", learning_rate=0.1, min_lr_ratio=0.0, clip_norm=clip_norm, **usual)
     module = Linear()
     optimizer = Optimizer("adamw")
     optimizer.init(module.trainable_parameters())
@@ -60,7 +60,7 @@ def train(
         module.w, kept = state
         optimizer.load_state(kept)
     objective = Objective(module, noise)
-    source = Source(split, updates, break_at)
+    source = (source or Source)(split, updates, break_at)
     reports = []
     for report in fit(module, source, objective, spec, total=total, seed=7, optimizer=optimizer, start=start):
         reports.append((report, mx.array(module.w), dict(optimizer.state)))
@@ -129,6 +129,27 @@ def test_a_step_draws_the_same_numbers_whenever_it_is_run():
     for (a, wa, _), (b, wb, _) in zip(whole[2:], rest, strict=True):
         assert a.loss == b.loss and mx.array_equal(wa, wb)
     assert whole[0][0].loss != train()[0][0][0].loss
+
+
+def test_minibatches_are_updated_in_turn_each_with_its_own_count():
+    """Two rounds over rows 0-3 and 4-5: the same weights as four steps on those batches, one after the other."""
+
+    class Parts(Source):
+        def batch(self, step):
+            whole = super().batch(step)
+            first, second = whole.micros
+            rest = Batch([second], 2.0, 0)
+            return Batch([first], 4.0, 6, self.updates, {}, whole.identities, [rest])
+
+    class Alternating(Source):
+        def batch(self, step):
+            return Batch([super().batch(0).micros[step % 2]], (4.0, 2.0)[step % 2], 6)
+
+    flat = {"schedule": "constant", "warmup": 0.0}
+    (together, *_), _ = train((4,), total=1, updates=2, source=Parts, **flat)
+    apart, _ = train((4,), total=4, source=Alternating, **flat)
+    np.testing.assert_allclose(together[1], apart[-1][1], rtol=1e-6)
+    assert together[0].loss == pytest.approx((apart[0][0].loss + apart[1][0].loss) / 2, rel=1e-6)
 
 
 def test_not_finite_names_the_rows_and_updates_nothing():
