@@ -52,21 +52,28 @@ class Case:
 
 
 def walk(case: Case) -> tuple[str, str]:
-    """The rule that decides, with what it asks for, in the trace's words; and the reply.
+    """The rulebook's way through a case: the reasoning trace, and the reply.
+
+    A trace names the facts in the order in which the rulebook asks for them and stops where it does, so that each step
+    follows from the few words before it.
 
     >>> walk(Case("sender", "express", "damaged", "a violin", 4, 340, True))
-    ('B1 receipt, high.', 'send an inspector')
+    ('sender, damaged. express, 4 days early. damaged, fragile: B1 receipt, 340 euros high.', 'send an inspector')
     """
-    rule, reply = _rule(case)
-    return f"{rule}.", reply
-
-
-def _rule(case: Case) -> tuple[str, str]:
+    steps, reply = [f"{case.writer}, {case.trouble}"], ""
     if case.writer == "receiver" and case.trouble == "lost":
-        return "A1", "refer to sender"
-    if case.timing == "closed":
-        return "A2", "close the claim"
-    return {"damaged": _damaged, "lost": _lost, "delayed": _delayed}[case.trouble](case)
+        steps[-1] += ": A1"
+        reply = "refer to sender"
+    else:
+        steps.append(f"{case.service}, {case.days} days {case.timing}")
+        if case.timing == "closed":
+            steps[-1] += ": A2"
+            reply = "close the claim"
+        else:
+            section = {"damaged": _damaged, "lost": _lost, "delayed": _delayed}[case.trouble]
+            rule, reply = section(case)
+            steps.append(f"{case.trouble}, {case.timing if case.trouble == 'lost' else case.goods}: {rule}")
+    return "".join(f"{step}. " for step in steps).strip(), reply
 
 
 def _damaged(case: Case) -> tuple[str, str]:
@@ -75,7 +82,7 @@ def _damaged(case: Case) -> tuple[str, str]:
         if not case.receipt:
             return f"B1 {receipt}", "ask for photos"
         reply = "send an inspector" if case.worth == "high" else "pay the value"
-        return f"B1 {receipt}, {case.worth}", reply
+        return f"B1 {receipt}, {_value(case)}", reply
     if case.goods == "perishable":
         return f"B2 {case.service}", "pay half the value" if case.service == "express" else "decline"
     return f"B3 {receipt}", "offer a repair" if case.receipt else "ask for photos"
@@ -85,8 +92,8 @@ def _lost(case: Case) -> tuple[str, str]:
     if case.timing == "early":
         return f"C1 {case.service}", "start a search" if case.service == "express" else "ask to wait"
     if case.worth == "low":
-        return "C2 low", "send a voucher"
-    return f"C2 high, {_receipt(case)}", "pay the value" if case.receipt else "pass to the manager"
+        return f"C2 {_value(case)}", "send a voucher"
+    return f"C2 {_value(case)}, {_receipt(case)}", "pay the value" if case.receipt else "pass to the manager"
 
 
 def _delayed(case: Case) -> tuple[str, str]:
@@ -94,11 +101,15 @@ def _delayed(case: Case) -> tuple[str, str]:
         return f"D1 {_receipt(case)}", "pay half the value" if case.receipt else "send a voucher"
     if case.service == "express":
         return "D2 express", "refund the postage"
-    return f"D2 standard, {case.worth}", "pass to the manager" if case.worth == "high" else "write an apology"
+    return f"D2 standard, {_value(case)}", "pass to the manager" if case.worth == "high" else "write an apology"
 
 
 def _receipt(case: Case) -> str:
     return "receipt" if case.receipt else "no receipt"
+
+
+def _value(case: Case) -> str:
+    return f"{case.value} euros {case.worth}"
 
 
 REPLIES = (
@@ -107,32 +118,46 @@ REPLIES = (
     "pass to the manager", "refund the postage", "write an apology",
 )  # fmt: skip
 
+_STATED = {
+    "writer": r"\b(sender|receiver)\b",
+    "service": r"\b(standard|express)\b",
+    "trouble": r"\b(damaged|lost|delayed)\b",
+    "goods": r"\b(fragile|perishable|ordinary)\b",
+    "days": r"\b(\d{1,3}) days\b",
+    "value": r"\b(\d{1,4}) euros\b",
+    "receipt": r"\b(no receipt|receipt)\b",
+}
 
-def facts(case: Case) -> str:
-    """What the rulebook asks about, numbers with what it makes of them: how a trace begins."""
-    return (
-        f"{case.writer}, {case.service}, {case.trouble}, {case.goods}, {case.days} days {case.timing}, "
-        f"{case.value} euros {case.worth}, {_receipt(case)}."
+
+def stated(trace: str) -> dict[str, str]:
+    """The facts that a trace names, each as it is named first.
+
+    >>> stated("sender, damaged. express, 4 days early. damaged, fragile: B1 no receipt.")["days"]
+    '4'
+    """
+    found = {name: re.search(pattern, trace) for name, pattern in _STATED.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def walk_of(facts: dict[str, str]) -> tuple[str, str]:
+    """The walk from facts that a trace states; what it leaves out is taken to be what a walk never needs to name."""
+    return walk(
+        Case(
+            writer=facts.get("writer", "sender"),
+            service=facts.get("service", "standard"),
+            trouble=facts.get("trouble", "damaged"),
+            item=GOODS[facts.get("goods", "ordinary")][0],
+            days=int(facts.get("days", EARLY_DAYS)),
+            value=int(facts.get("value", HIGH_VALUE)),
+            receipt=facts.get("receipt", "receipt") == "receipt",
+        )
     )
 
 
-def trace(case: Case) -> str:
-    """The reasoning: the facts, then the rule that decides."""
-    return f"{facts(case)} {walk(case)[0]}"
-
-
-_FACTS = re.compile(
-    r"(sender|receiver), (standard|express), (damaged|lost|delayed), (fragile|perishable|ordinary), "
-    r"(\d{1,3}) days (?:early|in time|closed), (\d{1,4}) euros (?:high|low), (receipt|no receipt)\. "
-)
-
-
-def read_trace(text: str) -> tuple[Case, str] | None:
-    """A case with the facts that a trace states, and the rule that it takes; None for other text, or when it judges
-    a number against the rulebook (12 days that are early)."""
-    match = _FACTS.match(text)
-    if match is None:
-        return None
-    writer, service, trouble, goods, days, value, receipt = match.groups()
-    case = Case(writer, service, trouble, GOODS[goods][0], int(days), int(value), receipt == "receipt")
-    return (case, text[match.end() :]) if facts(case) + " " == match[0] else None
+def in_message(message: str) -> dict[str, str]:
+    """What can be looked up in a message word by word: service, days, value and, by the list of items, the goods.
+    Who writes, what the trouble is and whether there is a receipt takes reading."""
+    facts = {name: re.search(_STATED[name], message) for name in ("service", "days", "value")}
+    found = {name: match[1] for name, match in facts.items() if match}
+    item = next((item for item in KIND_OF if item in message), None)
+    return found if item is None else {**found, "goods": KIND_OF[item]}

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
-from desk import GOODS, REPLIES, Case, trace, walk
+from desk import GOODS, REPLIES, Case, walk
 
 COUNTS = {"train": 56, "rl": 560, "validation": 56, "test": 200}
 
@@ -67,19 +68,23 @@ def random_case(rng: random.Random) -> Case:
     )
 
 
+def way_of(case: Case) -> str:
+    """Rule and conditions that decide a case, without its numbers: "B1 receipt, high."."""
+    return re.sub(r"\d+ euros ", "", walk(case)[0].rpartition(": ")[2])
+
+
 def make_cases(rng: random.Random, count: int, used: set[Case]) -> list[Case]:
     """``count`` new cases; each reply in turn, and within a reply each way through the rules in turn."""
     found: dict[str, dict[str, list[Case]]] = {reply: {} for reply in REPLIES}
     for _ in range(60 * count + 20_000):
         case = random_case(rng)
         if case not in used:
-            way, reply = walk(case)
-            found[reply].setdefault(way, []).append(case)
+            found[walk(case)[1]].setdefault(way_of(case), []).append(case)
     cases: list[Case] = []
     while len(cases) < count:
         for reply in rng.sample(REPLIES, len(REPLIES))[: count - len(cases)]:
             ways = found[reply]
-            fewest = min(ways, key=lambda way: (sum(walk(c)[0] == way for c in cases), way))
+            fewest = min(ways, key=lambda way: (sum(way_of(c) == way for c in cases), way))
             case = ways[fewest].pop()
             while case in used:
                 case = ways[fewest].pop()
@@ -93,7 +98,7 @@ def row(name: str, number: int, case: Case, rng: random.Random) -> dict:
     out = {
         "id": f"{name}-{number:03d}",
         "messages": [{"role": "user", "content": message(case, rng)}],
-        "reasoning": trace(case),
+        "reasoning": walk(case)[0],
         "answer": walk(case)[1],
     }
     if name == "rl":  # answers to check, traces unknown

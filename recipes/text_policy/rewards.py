@@ -6,18 +6,24 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 def true_trace(completions: list[str], examples: list[dict]) -> list[float]:
-    """1 for a trace that states all facts and judges them as the rulebook does, takes the rule that follows from
-    them and ends in the reply that it gives; half for facts with another rule or reply; else 0.
+    """1 for a right reply behind a trace that leads to it: the rulebook's walk from the facts that it states, with
+    service, days, value and goods as the message has them; else 0.
 
-    It compares with no labelled trace, and never sees the case: misread facts cost the answer, not this.
+    No labelled trace is needed. Who writes, what the trouble is and whether there is a receipt are taken as the trace
+    states them: the reply tells whether they were misread.
     """
-    return [_one(completion) for completion in completions]
+    return [float(_is_true(completion, example)) for completion, example in zip(completions, examples, strict=True)]
 
 
-def _one(completion: str) -> float:
-    reasoning, _, answer = completion.partition(THINK_CLOSE)
-    read = desk.read_trace(reasoning.replace(THINK_OPEN, "", 1).strip())
-    if read is None:
-        return 0.0
-    case, rule = read
-    return 1.0 if desk.walk(case) == (rule.strip(), answer.strip()) else 0.5
+def _is_true(completion: str, example: dict) -> bool:
+    reasoning, closed, answer = completion.partition(THINK_CLOSE)
+    trace = reasoning.replace(THINK_OPEN, "", 1).strip()
+    facts = desk.stated(trace)
+    message = desk.in_message(_text(example["messages"][-1]["content"]))
+    misread = any(message.get(name, stated) != stated for name, stated in facts.items())
+    return bool(closed) and not misread and desk.walk_of(facts) == (trace, example["answer"]) == (trace, answer.strip())
+
+
+def _text(content) -> str:
+    """A message's text, given as such or as a list of parts."""
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)

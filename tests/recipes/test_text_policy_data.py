@@ -48,7 +48,7 @@ def test_the_rulebook_names_every_reply_and_no_other(desk):
     assert len(text.split()) > 600  # as many tokens at the very least
 
 
-# Read off rulebook.md by hand: facts, the rule that decides with what it asks for, reply.
+# Read off rulebook.md by hand: facts, the rule that decides with what it asks for, without numbers, reply.
 WALKS = (
     (("receiver", "express", "lost", "a violin", 41, 900, True), "A1.", "refer to sender"),
     (("sender", "express", "lost", "a violin", 22, 900, True), "A2.", "close the claim"),
@@ -75,8 +75,33 @@ WALKS = (
 
 
 @pytest.mark.parametrize(("facts", "rule", "reply"), WALKS)
-def test_the_walk(desk, facts, rule, reply):
-    assert desk.walk(desk.Case(*facts)) == (rule, reply)
+def test_the_walk(desk, make_data, facts, rule, reply):
+    case = desk.Case(*facts)
+    assert (make_data.way_of(case), desk.walk(case)[1]) == (rule, reply)
+
+
+# A trace names what the rulebook asks for, in its order, and stops where it stops.
+TRACES = (
+    (("receiver", "express", "lost", "a violin", 41, 900, True), "receiver, lost: A1."),
+    (("receiver", "express", "damaged", "a violin", 21, 900, True), "receiver, damaged. express, 21 days closed: A2."),
+    (
+        ("sender", "standard", "lost", "cut roses", 30, 201, False),
+        "sender, lost. standard, 30 days in time. lost, in time: C2 201 euros high, no receipt.",
+    ),
+    (
+        ("sender", "express", "delayed", "cut roses", 9, 200, True),
+        "sender, delayed. express, 9 days early. delayed, perishable: D1 receipt.",
+    ),
+    (
+        ("sender", "standard", "delayed", "a drill", 10, 200, True),
+        "sender, delayed. standard, 10 days in time. delayed, ordinary: D2 standard, 200 euros low.",
+    ),
+)
+
+
+@pytest.mark.parametrize(("facts", "trace"), TRACES)
+def test_the_trace(desk, facts, trace):
+    assert desk.walk(desk.Case(*facts))[0] == trace
 
 
 def cases_of(make_data, desk):
@@ -90,7 +115,7 @@ def cases_of(make_data, desk):
 def test_every_case_is_labelled_by_the_rules_and_stated_in_its_message(make_data, desk):
     for name, case, row in cases_of(make_data, desk):
         assert row["answer"] == desk.walk(case)[1]
-        assert row.get("reasoning") == (None if name == "rl" else f"{desk.facts(case)} {desk.walk(case)[0]}")
+        assert row.get("reasoning") == (None if name == "rl" else desk.walk(case)[0])
         said = row["messages"][0]["content"]
         assert case.item in said and case.service in said
         assert f"{case.days} days ago" in said and f"{case.value} euros" in said
@@ -108,19 +133,39 @@ def test_no_case_is_in_two_splits_and_replies_are_balanced(make_data, desk):
         assert set(counts) == set(desk.REPLIES) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_true_trace(desk):
+def test_what_a_trace_states_leads_back_to_it(make_data, desk):
+    for _, case, row in cases_of(make_data, desk):
+        facts = desk.stated(desk.walk(case)[0])
+        assert desk.walk_of(facts) == desk.walk(case)
+        found = desk.in_message(row["messages"][0]["content"])
+        assert found == {
+            "service": case.service, "days": str(case.days), "value": str(case.value), "goods": case.goods,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", (False, True))
+def test_true_trace(desk, parts):
     rewards = _module("rewards")
-    case = desk.Case("sender", "express", "damaged", "a violin", 4, 340, True)
-    true = desk.trace(case)
-    assert true == "sender, express, damaged, fragile, 4 days early, 340 euros high, receipt. B1 receipt, high."
+    true, _ = desk.walk(desk.Case("sender", "express", "damaged", "a violin", 4, 340, True))
+    assert true == "sender, damaged. express, 4 days early. damaged, fragile: B1 receipt, 340 euros high."
     given = {
         f"<think>{true}</think>\nsend an inspector": 1.0,
-        f"<think>{true}</think>\npay the value": 0.5,
+        f"<think>{true}</think>\npay the value": 0.0,
         f"<think>{true.replace('euros high', 'euros low')}</think>\nsend an inspector": 0.0,  # 340 euros are not low
-        f"<think>{true.replace('340', '540')}</think>\nsend an inspector": 1.0,  # misread, but true to itself
-        f"<think>{true.replace('fragile', 'breakable')}</think>\nsend an inspector": 0.0,
-        f"<think>{true.replace('B1 receipt, high.', 'B2 express.')}</think>\npay half the value": 0.5,
-        f"<think>{true.replace('sender', 'receiver')}</think>\nsend an inspector": 1.0,
+        f"<think>{true.replace('340', '540')}</think>\nsend an inspector": 0.0,  # not the message's number
+        f"<think>{true.replace('4 days', '5 days')}</think>\nsend an inspector": 0.0,
+        f"<think>{true.replace('express', 'standard')}</think>\nsend an inspector": 0.0,
+        f"<think>{true.replace('fragile', 'ordinary')}</think>\nsend an inspector": 0.0,  # a violin is fragile
+        f"<think>{true.replace('B1', 'B2')}</think>\nsend an inspector": 0.0,
+        f"<think>{true.replace('receipt, 340 euros high', 'no receipt')}</think>\nask for photos": 0.0,  # misread
+        f"<think>{true.replace('sender', 'receiver')}</think>\nsend an inspector": 1.0,  # nothing here tells it
+        f"<think>{true} standard.</think>\nsend an inspector": 0.0,
+        f"{true}\nsend an inspector": 0.0,
+        "<think></think>\nsend an inspector": 0.0,
         "send an inspector": 0.0,
     }
-    assert rewards.true_trace(list(given), [{}] * len(given)) == list(given.values())
+    message = "I posted a violin to my aunt. It arrived broken. That was 4 days ago, by express. It is worth 340 euros."
+    content = [{"type": "text", "text": message}] if parts else message
+    turns = [{"role": "system", "content": "3 days"}, {"role": "user", "content": content}]
+    example = {"messages": turns, "answer": "send an inspector"}
+    assert rewards.true_trace(list(given), [example] * len(given)) == list(given.values())
