@@ -73,7 +73,7 @@ def prepare_stages(model, recipe, dataset: Dataset | None, *, survey: bool = Tru
             found["prompts"] = source.survey(steps)
         labelled = source if isinstance(source, SupervisedSource) else getattr(source, "labelled", None)
         if survey and labelled is not None:
-            found["labelled"] = labelled.survey(steps)
+            found["labelled"] = labelled.survey(steps * getattr(spec, "minibatches", 1))
         out.append(Prepared(module, source, objective, steps, **found))
     return out
 

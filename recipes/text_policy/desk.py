@@ -57,8 +57,8 @@ def walk(case: Case) -> tuple[str, str]:
     A trace names the facts in the order in which the rulebook asks for them and stops where it does, so that each step
     follows from the few words before it.
 
-    >>> walk(Case("sender", "express", "damaged", "a violin", 4, 340, True))
-    ('sender, damaged. express, 4 days early. damaged, fragile: B1 receipt, 340 euros high.', 'send an inspector')
+    >>> walk(Case("sender", "standard", "delayed", "a drill", 34, 340, True))
+    ('sender, delayed. standard, 34 days closed: A2.', 'close the claim')
     """
     steps, reply = [f"{case.writer}, {case.trouble}"], ""
     if case.writer == "receiver" and case.trouble == "lost":
@@ -72,7 +72,8 @@ def walk(case: Case) -> tuple[str, str]:
         else:
             section = {"damaged": _damaged, "lost": _lost, "delayed": _delayed}[case.trouble]
             rule, reply = section(case)
-            steps.append(f"{case.trouble}, {case.timing if case.trouble == 'lost' else case.goods}: {rule}")
+            asked = case.timing if case.trouble == "lost" else f"{case.item}, {case.goods}"
+            steps.append(f"{case.trouble}, {asked}: {rule}")
     return "".join(f"{step}. " for step in steps).strip(), reply
 
 
@@ -122,7 +123,7 @@ _STATED = {
     "writer": r"\b(sender|receiver)\b",
     "service": r"\b(standard|express)\b",
     "trouble": r"\b(damaged|lost|delayed)\b",
-    "goods": r"\b(fragile|perishable|ordinary)\b",
+    "item": rf"\b({'|'.join(KIND_OF)})\b",
     "days": r"\b(\d{1,3}) days\b",
     "value": r"\b(\d{1,4}) euros\b",
     "receipt": r"\b(no receipt|receipt)\b",
@@ -130,10 +131,10 @@ _STATED = {
 
 
 def stated(trace: str) -> dict[str, str]:
-    """The facts that a trace names, each as it is named first.
+    """The facts that a text names, each as it is named first; the goods by their item.
 
-    >>> stated("sender, damaged. express, 4 days early. damaged, fragile: B1 no receipt.")["days"]
-    '4'
+    >>> stated("sender, damaged. express, 4 days early. damaged, a violin, fragile: B1 no receipt.")["item"]
+    'a violin'
     """
     found = {name: re.search(pattern, trace) for name, pattern in _STATED.items()}
     return {name: match[1] for name, match in found.items() if match}
@@ -146,7 +147,7 @@ def walk_of(facts: dict[str, str]) -> tuple[str, str]:
             writer=facts.get("writer", "sender"),
             service=facts.get("service", "standard"),
             trouble=facts.get("trouble", "damaged"),
-            item=GOODS[facts.get("goods", "ordinary")][0],
+            item=facts.get("item", "a drill"),
             days=int(facts.get("days", EARLY_DAYS)),
             value=int(facts.get("value", HIGH_VALUE)),
             receipt=facts.get("receipt", "receipt") == "receipt",
@@ -155,9 +156,7 @@ def walk_of(facts: dict[str, str]) -> tuple[str, str]:
 
 
 def in_message(message: str) -> dict[str, str]:
-    """What can be looked up in a message word by word: service, days, value and, by the list of items, the goods.
-    Who writes, what the trouble is and whether there is a receipt takes reading."""
-    facts = {name: re.search(_STATED[name], message) for name in ("service", "days", "value")}
-    found = {name: match[1] for name, match in facts.items() if match}
-    item = next((item for item in KIND_OF if item in message), None)
-    return found if item is None else {**found, "goods": KIND_OF[item]}
+    """What can be looked up in a message word by word: service, days, value and item. Who writes, what the trouble is
+    and whether there is a receipt takes reading."""
+    facts = stated(message)
+    return {name: facts[name] for name in ("service", "days", "value", "item") if name in facts}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from desk import GOODS, REPLIES, Case, walk
 
-COUNTS = {"train": 56, "rl": 560, "validation": 56, "test": 200}
+COUNTS = {"train": 28, "rl": 560, "validation": 56, "test": 200}
 
 OPENINGS = {
     "sender": ("I posted {item} to {person}.", "I sent {person} a parcel with {item}.", "I mailed {item} to {person}."),

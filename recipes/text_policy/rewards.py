@@ -7,7 +7,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 def true_trace(completions: list[str], examples: list[dict]) -> list[float]:
     """1 for a right reply behind a trace that leads to it: the rulebook's walk from the facts that it states, with
-    service, days, value and goods as the message has them; else 0.
+    service, days, value and item as the message has them; else 0.
 
     No labelled trace is needed. Who writes, what the trouble is and whether there is a receipt are taken as the trace
     states them: the reply tells whether they were misread.

@@ -90,11 +90,11 @@ TRACES = (
     ),
     (
         ("sender", "express", "delayed", "cut roses", 9, 200, True),
-        "sender, delayed. express, 9 days early. delayed, perishable: D1 receipt.",
+        "sender, delayed. express, 9 days early. delayed, cut roses, perishable: D1 receipt.",
     ),
     (
         ("sender", "standard", "delayed", "a drill", 10, 200, True),
-        "sender, delayed. standard, 10 days in time. delayed, ordinary: D2 standard, 200 euros low.",
+        "sender, delayed. standard, 10 days in time. delayed, a drill, ordinary: D2 standard, 200 euros low.",
     ),
 )
 
@@ -139,7 +139,7 @@ def test_what_a_trace_states_leads_back_to_it(make_data, desk):
         assert desk.walk_of(facts) == desk.walk(case)
         found = desk.in_message(row["messages"][0]["content"])
         assert found == {
-            "service": case.service, "days": str(case.days), "value": str(case.value), "goods": case.goods,
+            "service": case.service, "days": str(case.days), "value": str(case.value), "item": case.item,
         }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_what_a_trace_states_leads_back_to_it(make_data, desk):
 def test_true_trace(desk, parts):
     rewards = _module("rewards")
     true, _ = desk.walk(desk.Case("sender", "express", "damaged", "a violin", 4, 340, True))
-    assert true == "sender, damaged. express, 4 days early. damaged, fragile: B1 receipt, 340 euros high."
+    assert true == "sender, damaged. express, 4 days early. damaged, a violin, fragile: B1 receipt, 340 euros high."
     given = {
         f"<think>{true}</think>\nsend an inspector": 1.0,
         f"<think>{true}</think>\npay the value": 0.0,
@@ -156,6 +156,7 @@ def test_true_trace(desk, parts):
         f"<think>{true.replace('4 days', '5 days')}</think>\nsend an inspector": 0.0,
         f"<think>{true.replace('express', 'standard')}</think>\nsend an inspector": 0.0,
         f"<think>{true.replace('fragile', 'ordinary')}</think>\nsend an inspector": 0.0,  # a violin is fragile
+        f"<think>{true.replace('a violin', 'a camera')}</think>\nsend an inspector": 0.0,
         f"<think>{true.replace('B1', 'B2')}</think>\nsend an inspector": 0.0,
         f"<think>{true.replace('receipt, 340 euros high', 'no receipt')}</think>\nask for photos": 0.0,  # misread
         f"<think>{true.replace('sender', 'receiver')}</think>\nsend an inspector": 1.0,  # nothing here tells it

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mpi_mlx.models import load_model
 from mpi_mlx.recipe import RlStage
 from mpi_mlx.rollouts.groups import compute_advantages, overlong_penalty
 from mpi_mlx.rollouts.rewards import build_rewards
+from mpi_mlx.stages.build import prepare_stages
 from mpi_mlx.stages.rl import RolloutSource
 from mpi_mlx.stages.rl_objective import LabelledMicro, RolloutMicro, RolloutObjective
 from mpi_mlx.stages.supervised import SupervisedObjective
@@ -419,6 +421,14 @@ def test_refusals(model, dataset):
         RolloutSource(model, (), RULES, spec_of(), Rewards(None), 0)
     with pytest.raises(DataError, match="policy_aware needs a document"):
         RolloutSource(model, dataset.rl, None, spec_of(policy_aware=1), Rewards(None), 0)
+
+
+def test_the_survey_sees_the_labelled_rows_of_every_minibatch(model, dataset):
+    """One step of two minibatches of two labelled rows: four of the five."""
+    spec = spec_of(steps=1, minibatches=2, sft_coef=0.1, sft_batch_size=2)
+    recipe = SimpleNamespace(stages=[spec], seed=3, folder=Path())
+    (found,) = prepare_stages(model, recipe, dataset)
+    assert found.labelled.rows == 4 and found.prompts.rows == 2
 
 
 def test_the_survey_of_prompts(model, dataset):
