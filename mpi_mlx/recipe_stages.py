@@ -187,7 +187,7 @@ class RlStage(_Stage):
     clip_high: Float | None = Field(
         None, gt=0, allow_inf_nan=False, description="And above 1 + clip_high. Default: clip_low; dapo 0.28."
     )
-    dual_clip: Float | None = Field(None, gt=1, allow_inf_nan=False, description="Bound where advantages are < 0.")
+    dual_clip: Float | None = Field(None, gt=1, allow_inf_nan=False, description="Its bound where advantages are < 0.")
     kl_coef: Float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the KL to the reference.")
     temperature: Float = Field(1.0, gt=0, allow_inf_nan=False, description="Of sampling.")
     top_p: Float = Field(1.0, gt=0, le=1, description="Sample among tokens of this probability in all.")
