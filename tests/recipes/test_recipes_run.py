@@ -88,7 +88,7 @@ def test_text_policy(smollm2, tmp_path):
     (tmp_path / "rulebook.md").write_text(
         (RECIPES / "text_policy" / "rulebook.md").read_text().partition("## The seven facts")[0]
     )
-    short = [f"data.document={tmp_path / 'rulebook.md'}", "stages.2.minibatches=2"]
+    short = [f"data.document={tmp_path / 'rulebook.md'}", "stages.2.minibatches=2", "evaluation.after=null"]
     for split in ("train", "rl", "validation", "test"):
         lines = (RECIPES / "text_policy" / f"{split}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"{split}.jsonl").write_text("".join(lines[:3]))
