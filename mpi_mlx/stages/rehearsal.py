@@ -41,7 +41,12 @@ class RehearsalMicro:
 
     def loss(self, model) -> mx.array:
         """Summed KL divergence of ``model`` from its base."""
-        return kl_from(model.head, self.teacher, _at_weights(model, self.batch)).sum()
+
+        def base_head(hidden: mx.array) -> mx.array:
+            with model.adapters_disabled():
+                return model.head(hidden)
+
+        return kl_from(model.head, self.teacher, _at_weights(model, self.batch), teacher_head=base_head).sum()
 
 
 class Rehearsal:

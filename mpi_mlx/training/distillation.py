@@ -11,12 +11,15 @@ from mpi_mlx.elementwise import exp, logsumexp
 CHUNK = 128  # positions whose logits are alive at once: of 150,000 tokens, 77 MB a copy
 
 
-def kl_from(head: Callable, teacher: mx.array, hidden: mx.array, chunk: int = CHUNK) -> mx.array:
-    """KL(teacher || model) (N,) float32 in nats between softmax(head(teacher)) and softmax(head(hidden)).
+def kl_from(
+    head: Callable, teacher: mx.array, hidden: mx.array, chunk: int = CHUNK, teacher_head: Callable | None = None
+) -> mx.array:
+    """KL(teacher || model) (N,) float32 in nats between softmax(teacher_head(teacher)) and softmax(head(hidden)).
 
-    `teacher`, `hidden` are (N, D) final hidden states under one `head` (n, D) -> (n, V), whose own parameters count as
-    frozen. Gradients reach `hidden` alone: softmax(head(hidden)) - softmax(head(teacher)), through the head. The
-    forward makes them from the probabilities that it has, so that no logits are kept for the backward.
+    `teacher`, `hidden` are (N, D) final hidden states, `teacher_head` (default: `head`) and `head` (n, D) -> (n, V),
+    whose own parameters count as frozen. Gradients reach `hidden` alone: softmax(head(hidden)) -
+    softmax(head(teacher)), through the head. The forward makes them from the probabilities that it has, so that no
+    logits are kept for the backward.
     """
 
     @mx.custom_function
@@ -26,7 +29,7 @@ def kl_from(head: Callable, teacher: mx.array, hidden: mx.array, chunk: int = CH
             h = hidden[start : start + chunk]
             if values:
                 h = mx.depends([h], [values[-1], grads[-1]])[0]
-            old, new = _logprobs(head(teacher[start : start + chunk])), _logprobs(head(h))
+            old, new = _logprobs((teacher_head or head)(teacher[start : start + chunk])), _logprobs(head(h))
             weights = exp(old)
             values.append((weights * (old - new)).sum(axis=-1))
             spread = exp(new) - weights

@@ -15,6 +15,12 @@ def test_by_hand():
     np.testing.assert_allclose(grad, [[0.25, -0.25]], rtol=1e-6)
 
 
+def test_a_teacher_s_own_head():
+    hidden = mx.log(mx.array([[3.0, 1.0]]))  # under the teacher's head, which gives nothing but 0: (1/2, 1/2)
+    value = kl_from(lambda h: h, hidden, hidden, teacher_head=lambda h: 0 * h)
+    np.testing.assert_allclose(value, [0.5 * np.log(2 / 3) + 0.5 * np.log(2.0)], rtol=1e-6)
+
+
 def test_gradient_is_autodiff_s_and_chunks_change_nothing():
     keys = mx.random.split(mx.random.key(0), 4)
     weight, scale = mx.random.normal((11, 5), key=keys[0]), mx.random.normal((7,), key=keys[3])
