@@ -28,7 +28,7 @@ REWARDS = (
     ("reward_policy_aware", "reward, policy-aware", "cyan"),
 )
 NUMBERS = (
-    ("completion_length", "completion tokens"), ("clip_fraction", "clipped"), ("kl", "kl"),
+    ("completion_length", "completion tokens"), ("entropy", "entropy"), ("clip_fraction", "clipped"), ("kl", "kl"),
     ("drift", "drift"),
 )
 TALL = 32  # lines of a terminal that has room for curves and results at once

@@ -51,8 +51,7 @@ def _log_likelihood(model, ids: np.ndarray) -> float:
     if model.uses_mrope:
         positions = np.broadcast_to(positions, (3, *positions.shape))
     hidden = model.hidden(model.embed(ids[None, :-1]), mx.array(positions))[0]
-    head = model.head_weight()
-    return token_logprobs(model.head if head is None else head, hidden, mx.array(ids[1:]), gradient=False).sum().item()
+    return token_logprobs(model.loss_head(), hidden, mx.array(ids[1:]), gradient=False).sum().item()
 
 
 def forgetting(perplexities: Mapping[str, float]) -> dict[str, float] | None:

@@ -1,7 +1,7 @@
 """The one interface behind which every model stands."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +92,8 @@ class Model:
     @property
     def vocab_size(self) -> int:
         """Rows of the head, which may exceed the tokenizer's."""
-        return self.parts.head_module.weight.shape[0]
+        module = self.parts.head_module
+        return module.get("linear", module).weight.shape[0]  # a linear with adapters wraps its own
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -271,6 +272,11 @@ class Model:
             return module.weight_now() if bias is None else (module.weight_now(), bias)
         plain = type(module) in (nn.Linear, nn.Embedding) and "bias" not in module
         return module.weight if plain else None
+
+    def loss_head(self) -> mx.array | tuple[mx.array, mx.array] | Callable[[mx.array], mx.array]:
+        """What losses compute logits with: `head_weight`, or `head`, as frozen, where that has no matrix."""
+        weight = self.head_weight()
+        return self.head if weight is None else weight
 
     # ---- adapters
 

@@ -46,7 +46,7 @@ class RehearsalMicro:
             with model.adapters_disabled():
                 return model.head(hidden)
 
-        return kl_from(model.head, self.teacher, _at_weights(model, self.batch), teacher_head=base_head).sum()
+        return kl_from(model.loss_head(), self.teacher, _at_weights(model, self.batch), teacher_head=base_head).sum()
 
 
 class Rehearsal:

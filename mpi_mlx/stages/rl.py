@@ -236,6 +236,8 @@ class RolloutSource:
         for kind in self.rewards.kinds:
             add(f"reward/{kind}", [r.rewards[kind] for r in plain])
         add("completion_length", [len(r.completion_ids) for r in rollouts])
+        # a token's -log p estimates the entropy, in nats, of what it was drawn from
+        add("entropy", -np.concatenate([r.sampled_logprobs for r in plain]) if plain else [])
         add("finished", [float(r.finished) for r in rollouts])
         add("groups_with_signal", [float(g.has_signal) for g in drawn])
         names = list(sums)

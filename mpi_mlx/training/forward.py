@@ -64,8 +64,7 @@ def weighted_logprobs(model, hidden: mx.array, block: Block) -> tuple[mx.array, 
     index = mx.array(flat.astype(np.int32))
     chosen = hidden.reshape(-1, hidden.shape[-1])[index]
     targets = mx.array(block.targets.reshape(-1)[flat])
-    head = model.head_weight()
-    logprobs = token_logprobs(model.head if head is None else head, chosen, targets)
+    logprobs = token_logprobs(model.loss_head(), chosen, targets)
     return logprobs, mx.array(block.weights.reshape(-1)[flat])
 
 

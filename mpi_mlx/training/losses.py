@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from mpi_mlx.elementwise import exp, logsumexp
+from mpi_mlx.elementwise import exp
 
 Aggregation = Literal["sequence", "token", "constant"]
 Head = mx.array | tuple[mx.array, mx.array] | Callable[[mx.array], mx.array]
@@ -111,8 +111,7 @@ class _Tiled(NamedTuple):
         if self.head is not None:
             logits = self.head(h)
         else:
-            matrix, *bias = (w[span[0] : span[1]] for w in weights)
-            logits = mx.addmm(bias[0], h, matrix.T) if bias else h @ matrix.T
+            logits = project(tuple(w[span[0] : span[1]] for w in weights), h)
         logits = logits.astype(mx.float32)
         return logits if self.inverse == 1.0 else logits * self.inverse
 
@@ -175,23 +174,12 @@ def _after(x: mx.array, before: tuple[mx.array, ...]) -> mx.array:
     return mx.depends([x], list(before))[0] if before else x
 
 
-def entropy(head: Head, hidden: mx.array, temperature: float = 1.0, chunk: int = 256) -> mx.array:
-    """Entropy (N,) in nats of softmax(head(hidden) / temperature); a metric, no gradient flows through it."""
+def project(head: Head | tuple[mx.array], hidden: mx.array) -> mx.array:
+    """Logits (n, V) of hidden states (n, D)."""
     if callable(head):
-        project = head
-    elif isinstance(head, tuple):
-        project = lambda h: mx.addmm(head[1], h, head[0].T)  # noqa: E731
-    else:
-        project = lambda h: h @ head.T  # noqa: E731
-    values = []
-    for start in range(0, hidden.shape[0], chunk):
-        h = mx.stop_gradient(hidden[start : start + chunk])
-        if values:
-            h = mx.depends([h], [values[-1]])[0]
-        logits = project(h).astype(mx.float32) / temperature
-        logprobs = logits - logsumexp(logits)[:, None]
-        values.append(mx.stop_gradient(-(exp(logprobs) * logprobs).sum(axis=-1)))
-    return mx.concatenate(values) if values else mx.zeros((0,))
+        return head(hidden)
+    matrix, *bias = head if isinstance(head, tuple) else (head,)
+    return mx.addmm(bias[0], hidden, matrix.T) if bias else hidden @ matrix.T
 
 
 def sft_loss(logprobs: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:

@@ -51,9 +51,8 @@ def score(
     hidden = model.hidden(model.embed(ids), mx.array(positions), kv.shared_prefix_caches(blocks))
     flat = np.flatnonzero(mask)
     index = mx.array(flat.astype(np.int32))
-    head = model.head_weight()
     chosen = token_logprobs(
-        model.head if head is None else head,
+        model.loss_head(),
         hidden.reshape(-1, hidden.shape[-1])[index],
         mx.array(targets.reshape(-1)[flat]),
         temperature,

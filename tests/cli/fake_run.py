@@ -31,7 +31,7 @@ def rl_metrics(i, n):
         "reward_policy_aware": min(1.08, 0.6 + 0.4 * i / n + wave),
         "reward/exact_match": plain - 0.08, "reward/format": 0.97, "completion_length": 41.2, "finished": 1.0,
         "groups_with_signal": 0.4 + 0.3 * math.sin(i / 9), "clip_fraction": 0.012, "drift": 2e-6,
-        "refill_rounds": 0.0, "groups_trained": 6.0,
+        "refill_rounds": 0.0, "entropy": 0.31, "groups_trained": 6.0,
     }
 
 

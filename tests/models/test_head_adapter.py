@@ -8,6 +8,7 @@ from checkpoints import write_qwen2_5_vl
 from mpi_mlx.models import load_model
 from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.recipe import LoraSpec
+from mpi_mlx.stages.rehearsal import Rehearsal
 from mpi_mlx.training.losses import token_logprobs
 
 HEAD = "language_model.lm_head"
@@ -30,8 +31,7 @@ def test_head_adapter_has_the_gradient_of_whole_logits(untied, kind, quantize):
 
     def tiled(parameters):
         layer.update(parameters)
-        head = model.head_weight()
-        return token_logprobs(model.head if head is None else head, hidden, targets).sum()
+        return token_logprobs(model.loss_head(), hidden, targets).sum()
 
     def whole(parameters):
         layer.update(parameters)
@@ -48,6 +48,25 @@ def test_head_adapter_has_the_gradient_of_whole_logits(untied, kind, quantize):
     with model.adapters_disabled():
         assert mx.array_equal(model.head(hidden), layer.linear(hidden))
         np.testing.assert_allclose(
-            token_logprobs(model.head if model.head_weight() is None else model.head_weight(), hidden, targets),
+            token_logprobs(model.loss_head(), hidden, targets),
             token_logprobs(lambda h: layer.linear(h), hidden, targets), rtol=1e-4,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", (None, 4))
+def test_head_adapter_rehearses(untied, quantize):
+    """What the model says differently from its base for the head's adapters alone moves them back."""
+    model = load_model(untied, quantize=quantize)
+    attach_lora(model, LoraSpec(rank=2, targets=[HEAD]), mx.random.key(0))
+    layer = model.parts.head_module
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    micro = Rehearsal(model, 3).micro([0, 1])
+
+    def loss(lora_b):
+        layer.lora_b = lora_b
+        return micro.loss(model)
+
+    start = layer.lora_b
+    value, grad = mx.value_and_grad(loss)(start)
+    assert loss(start - 0.1 * grad / mx.linalg.norm(grad)) < value - 1e-3
+    assert abs(loss(mx.zeros_like(start))) < 1e-4

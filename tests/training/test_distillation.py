@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mpi_mlx.training.distillation import kl_from
 
@@ -38,6 +39,30 @@ def test_gradient_is_autodiff_s_and_chunks_change_nothing():
         found, slope = mx.value_and_grad(lambda h, n=chunk: (kl_from(head, teacher, h, n) * scale).sum())(hidden)
         np.testing.assert_allclose(found, value, rtol=1e-5)
         np.testing.assert_allclose(slope, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_a_head_given_as_arrays_has_its_gradient_too(with_bias):
+    keys = mx.random.split(mx.random.key(4), 6)
+    weight, base = (mx.random.normal((11, 5), key=k) for k in keys[:2])
+    head = (weight, mx.random.normal((11,), key=keys[2])) if with_bias else (weight,)
+    scale, teacher, hidden = (mx.random.normal(s, key=k) for s, k in zip(((7,), (7, 5), (7, 5)), keys[3:], strict=True))
+
+    def plain(h, matrix, *bias):
+        new = h @ matrix.T + (bias[0] if bias else 0.0)
+        old, new = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (teacher @ base.T, new))
+        return ((mx.exp(old) * (old - new)).sum(axis=-1) * scale).sum()
+
+    def chunked(h, *arrays):
+        given = arrays if with_bias else arrays[0]
+        return (kl_from(given, teacher, h, chunk=3, teacher_head=lambda t: t @ base.T) * scale).sum()
+
+    everything = list(range(1 + len(head)))
+    value, grads = mx.value_and_grad(plain, everything)(hidden, *head)
+    found, slopes = mx.value_and_grad(chunked, everything)(hidden, *head)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    for slope, grad in zip(slopes, grads, strict=True):
+        np.testing.assert_allclose(slope, grad, rtol=1e-4, atol=1e-5)
 
 
 def test_none_at_the_teacher_itself_and_none_for_nothing():

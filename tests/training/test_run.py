@@ -55,7 +55,7 @@ def test_metrics(whole):
     for row in rows[8:]:
         assert set(row["metrics"]) == {
             "reward", "reward_plain", "reward_policy_aware", "reward/regex", "reward/format", "kl", "drift",
-            "clip_fraction", "completion_length", "finished", "groups_trained", "groups_with_signal",
+            "clip_fraction", "completion_length", "entropy", "finished", "groups_trained", "groups_with_signal",
             "refill_rounds",
         }  # fmt: skip
         assert row["metrics"]["groups_trained"] == 2 and 0 < row["metrics"]["completion_length"] <= 6
