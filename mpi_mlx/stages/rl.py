@@ -8,6 +8,7 @@ context; every one of them is scored, and trained, on the plain prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -250,8 +251,6 @@ class RolloutSource:
 
 def _labelled_spec(spec):
     """The sft settings of the labelled rows that ``sft_coef`` mixes in."""
-    from types import SimpleNamespace
-
     return SimpleNamespace(
         stage="sft", batch_size=spec.sft_batch_size, accumulate=1, steps=spec.steps, epochs=None,
         document_fraction=spec.document_fraction, reasoning=spec.reasoning, max_tokens=spec.max_tokens,
