@@ -20,13 +20,15 @@ class Stage:
     last: r.StepReport | None = None
     history: dict[str, list[float]] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)  # seconds of the last steps
+    recent: list[float] = field(default_factory=list)  # seconds of the last steps; the first only while alone
 
     def add(self, report: r.StepReport) -> None:
         self.step, self.total, self.last = report.step, report.total_steps, report
         self.recent = [*self.recent[-19:], report.seconds]
         for name, value in {"loss": report.loss, **report.metrics}.items():
             self.history.setdefault(name, []).append(value)
+        if len(self.history["loss"]) == 2:  # the first step also writes texts to rehearse, encodes images, warms up
+            del self.recent[0]
 
     @property
     def left(self) -> float | None:

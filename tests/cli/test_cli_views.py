@@ -5,7 +5,7 @@ import fake_run
 from mpi_mlx_cli.live import BLOCKS, LiveView, render, sparkline
 from mpi_mlx_cli.plain import PlainView
 from mpi_mlx_cli.results import result_table
-from mpi_mlx_cli.state import RunState
+from mpi_mlx_cli.state import RunState, Stage
 from rich.console import Console
 from rich.text import Text
 
@@ -202,3 +202,12 @@ def test_lines_printed_while_it_refreshes_do_not_draw_the_view_twice():
             assert thread.is_alive() and "a line" not in console.file.getvalue()
         thread.join(5)
     assert console.file.getvalue().count("a line") == 1 and "print" not in vars(console)
+
+
+def test_time_left_of_a_stage_leaves_its_first_step_out_once_there_is_another():
+    stage = Stage(0, "sft", 10)
+    left = []
+    for number, seconds in enumerate((30.0, 2.0, 4.0), 1):
+        stage.add(fake_run.step("sft", number, 10, 0.5, seconds=seconds))
+        left.append(stage.left)
+    assert left == [9 * 30.0, 8 * 2.0, 7 * 3.0]
