@@ -1,9 +1,13 @@
 """Our RL step's time against the prompts' length and the groups' size, and the prompts' share of the update.
 
 python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add] [--processor]
+python benchmarks/growth.py --run runs/quickstart [--repeats 5] [--groups 2 8 32]
 
 The share: seconds that the prompts' own forward and backward take alone (gradients arriving at every layer's keys and
 values, as the completions send them), of the update's.
+
+Random weights draw completions that share nothing. `--run` takes a run's agent as it was before its rl stage, and the
+run's own prompts: what completions share is not computed twice.
 """
 
 import argparse
@@ -23,7 +27,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--add", action="store_true", help="to the lengths in results/")
     parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that are shared")
+    parser.add_argument("--run", help="folder of a finished run, its agent instead of random weights")
     options = parser.parse_args()
+    if options.run:
+        return trained(options)
     file = common.HERE / "results" / "growth.json"
     rows = json.loads(file.read_text())["table"] if options.add else []
     table = {(r["length"], r["group"]): r for r in rows}
@@ -52,6 +59,30 @@ def measure(length: int, options) -> list[dict]:
         row = {f"{part}seconds": common.median(results[side.name], part + kind) for part in PARTS}
         rows.append(row | {"processor": options.processor})
     return rows
+
+
+def trained(options) -> None:
+    """The same of a run's agent, on its own prompts; nothing moves it (a learning rate of next to nothing)."""
+    same = dict(
+        prompts=PROMPTS, policy_aware=0, learning_rate="1.0e-12", updates_per_rollout=1, minibatches=1,
+        drop_constant="false", sft_coef=0, kl_coef=0, steps=10**6,
+    )  # fmt: skip
+    sides = [
+        common.Side(str(group), "ours_rl_run.py", run=options.run, stage={**same, "group_size": group})
+        for group in options.groups
+    ]
+    results = common.alternate(sides, options.repeats)
+    rows = [{"group": g, "tokens": common.median(results[str(g)], "tokens")} for g in options.groups]
+    for row in rows:
+        found = results[str(row["group"])]
+        row |= {f"{part}seconds": common.median(found, f"{part}seconds") for part in ("", "rollout_", "update_")}
+        print(
+            f"groups of {row['group']:3d}: {row['seconds']:.3f} s, {row['rollout_seconds']:.3f} of it rollout; "
+            f"{row['tokens']:.0f} tokens a completion"
+        )
+    steps = [b["seconds"] / a["seconds"] for a, b in zip(rows[:-1], rows[1:], strict=True)]
+    print(f"the next group size costs x {', '.join(f'{s:.2f}' for s in steps)}")
+    common.save("growth_trained", {"run": options.run, "table": rows})
 
 
 def show(row: dict) -> None:

@@ -16,7 +16,7 @@ from mpi_mlx.stages.rl import RolloutSource  # noqa: E402
 from mpi_mlx.stages.rl_objective import RolloutObjective  # noqa: E402
 from mpi_mlx.training.fit import fit  # noqa: E402
 from mpi_mlx.training.optimizer import Optimizer  # noqa: E402
-from mpi_mlx.training.score import _prefix_blocks  # noqa: E402
+from mpi_mlx.training.score import _begin  # noqa: E402
 
 options = settings()
 
@@ -81,7 +81,7 @@ def prompts_alone() -> dict:
     """Seconds of the last batch's prompts' own forward and backward, without their completions'."""
 
     def loss(pairs):
-        blocks, _ = _prefix_blocks(model, pairs)
+        _, _, blocks, _ = _begin(model, pairs)
         return sum(x.sum() for b in blocks for p in b.prefixes for x in (*p.keys, *p.values))
 
     clock = Clock()

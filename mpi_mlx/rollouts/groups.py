@@ -30,6 +30,11 @@ class RolloutGroup:
     identity: str = ""
 
     @property
+    def pair(self) -> tuple[object, list[np.ndarray]]:
+        """What `training.score` takes."""
+        return self.prompt, [r.completion_ids for r in self.rollouts]
+
+    @property
     def has_signal(self) -> bool:
         """Whether the rewards differ at all."""
         rewards = [r.reward for r in self.rollouts]

@@ -23,7 +23,7 @@ from mpi_mlx.stages.supervised import SupervisedSource
 from mpi_mlx.stages.survey import Survey, survey_prompts
 from mpi_mlx.training import world
 from mpi_mlx.training.fit import Batch
-from mpi_mlx.training.score import score
+from mpi_mlx.training.score import forwards, score
 
 NOTHING = 1e-9  # the count of a part none of whose groups is kept
 
@@ -91,7 +91,8 @@ class RolloutSource:
         trained = groups
         if spec.negative_weight == 0 and spec.kl_coef == 0:
             trained = [g.weighted() for g in groups if g.advantages.any()]
-        micros = [RolloutMicro(g) for g in _by_tokens(trained, spec.micro_tokens)]
+        parts = forwards([g.pair for g in trained], spec.micro_tokens)
+        micros = [RolloutMicro([trained[i] for i in part]) for part in parts]
         if spec.kl_coef > 0:
             self._score_reference(micros)
         if spec.minibatches > 1:  # the model will have moved when the next part's turn comes
@@ -256,20 +257,6 @@ def _labelled_spec(spec):
         document_fraction=spec.document_fraction, reasoning=spec.reasoning, max_tokens=spec.max_tokens,
         rehearsal=spec.rehearsal,
     )
-
-
-def _by_tokens(groups: list[RolloutGroup], limit: int) -> list[list[RolloutGroup]]:
-    """Groups of similar length together, at most ``limit`` padded completion tokens a forward."""
-    out: list[list[RolloutGroup]] = []
-    longest = rows = 0
-    for group in sorted(groups, key=lambda g: max(len(r.completion_ids) for r in g.rollouts)):
-        longest = max(longest, max(len(r.completion_ids) for r in group.rollouts))
-        if not out or (rows + len(group.rollouts)) * longest > limit:
-            out.append([])
-            rows = 0
-        out[-1].append(group)
-        rows += len(group.rollouts)
-    return out
 
 
 def _normaliser(groups: list[RolloutGroup], spec) -> float:

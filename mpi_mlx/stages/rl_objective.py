@@ -30,7 +30,7 @@ class RolloutMicro:
 
     @property
     def pairs(self) -> list[tuple[object, list[np.ndarray]]]:
-        return [(g.prompt, [r.completion_ids for r in g.rollouts]) for g in self.groups]
+        return [g.pair for g in self.groups]
 
 
 @dataclass

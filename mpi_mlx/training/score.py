@@ -1,21 +1,23 @@
 """Differentiable log-probabilities of completions, each prompt forwarded once for its whole group.
 
 The prompt is forwarded without its last token, keeping keys and values; each completion's row begins with
-that token and attends to them, so that row position t predicts completion token t. Gradients flow through
-the prompt's keys and values. Only completion positions reach the vocabulary.
+that token and attends to them, so that row position t predicts completion token t. What all completions of a
+prompt begin with, their stem, is forwarded with the prompt: a sure model's completions differ late. Gradients flow
+through the prompt's keys and values. Only completion positions reach the vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.models import kv
-from mpi_mlx.models.pieces import Piece, cluster_prompts, embed_pieces
+from mpi_mlx.models.pieces import Cluster, Piece, cluster_prompts, embed_pieces
 from mpi_mlx.training.losses import token_logprobs
+from mpi_mlx.training.stems import Shape, common_stem, padded, stem_limit, together
 
-WIDTH_MULTIPLE = 8  # completions are padded to a multiple of this, so that few distinct shapes occur
 LEAST_SHARED = 64  # a shorter beginning that prompts share is not worth its own forward
 
 Group = tuple[object, Sequence[np.ndarray]]
@@ -37,35 +39,59 @@ def score(
     `gradient` (False: none is wanted) are those of `token_logprobs`.
 
     Equals `score_plain`: in float32 losses to 1e-5 and gradients to 1e-4 relative. A document that several
-    prompts share is forwarded once for them, and so are completions of one prompt that are the same tokens.
+    prompts share is forwarded once for them, and so are a prompt's completions that are the same tokens, and what
+    all of them begin with.
     """
     kv.route_attention(model.net)
     groups, copies = _distinct(groups)
-    blocks, order = _prefix_blocks(model, groups)
-    ids, targets, mask = _rows([groups[i] for i in order])
-    counts = [len(groups[i][1]) for i in order]
-    first = np.repeat([groups[i][0].next_position - 1 for i in order], counts)
+    trees, order, blocks, stems = _begin(model, groups)
+    ids, targets, mask = _rows([trees[i] for i in order])
+    counts = [len(trees[i].tails) for i in order]
+    first = np.repeat([trees[i].begun.next_position - 1 for i in order], counts)
     positions = (first[:, None] + np.arange(ids.shape[1])).astype(np.int32)
     if model.uses_mrope:
         positions = np.broadcast_to(positions, (3, *positions.shape))
     hidden = model.hidden(model.embed(ids), mx.array(positions), kv.shared_prefix_caches(blocks))
-    flat = np.flatnonzero(mask)
-    index = mx.array(flat.astype(np.int32))
-    chosen = token_logprobs(
-        model.loss_head(),
-        hidden.reshape(-1, hidden.shape[-1])[index],
-        mx.array(targets.reshape(-1)[flat]),
-        temperature,
-        chunk,
-        gradient,
-    )
-    logprobs = mx.zeros(mask.size).at[index].add(chosen).reshape(mask.shape)
-    if order != sorted(order):
-        back = np.argsort(np.repeat(order, counts), kind="stable")
-        logprobs, mask = logprobs[mx.array(back)], mask[back]
-    if len(copies) != len(mask):
-        logprobs, mask = logprobs[mx.array(copies)], mask[copies]
-    return logprobs, mx.array(mask.astype(np.float32))
+    flat = mx.array(np.flatnonzero(mask).astype(np.int32))
+    chosen = mx.concatenate([*stems, hidden.reshape(-1, hidden.shape[-1])[flat]])
+    wanted = np.concatenate([*(trees[i].stem for i in order), targets.reshape(-1)[mask.reshape(-1)]])
+    logprobs = token_logprobs(model.loss_head(), chosen, mx.array(wanted), temperature, chunk, gradient)
+    places, real = _places(trees, order)
+    places, real = mx.array(places[copies]), mx.array(real[copies])
+    return mx.where(real, logprobs[places], 0.0), real.astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """A prompt, the stem (S,) of its completions, and how each different one goes on; `begun`: prompt and stem."""
+
+    prompt: object
+    stem: np.ndarray
+    tails: list[np.ndarray]
+    begun: object
+
+
+def forwards(groups: Sequence[Group], most_tokens: int) -> list[list[int]]:
+    """Which groups to score in one call each, so that little is padded: their indices. `most_tokens` as in
+    `stems.together`."""
+    clusters = cluster_prompts([prompt for prompt, _ in groups], LEAST_SHARED)
+    return together(_shapes(groups, clusters), most_tokens, sum(c.shared for c in clusters))
+
+
+def _shapes(groups: Sequence[Group], clusters: Sequence[Cluster]) -> list[Shape]:
+    """What each group costs, what its prompt shares with others left out."""
+    shared = {i: cluster.shared for cluster in clusters for i in cluster.indices}
+    return [Shape.of(len(prompt) - shared[i], completions) for i, (prompt, completions) in enumerate(groups)]
+
+
+def _trees(groups: Sequence[Group], clusters: Sequence[Cluster], layers: int) -> list[_Tree]:
+    limit = stem_limit(_shapes(groups, clusters), layers)
+    found = []
+    for prompt, completions in groups:
+        cut = min(limit, common_stem(completions))
+        stem = completions[0][:cut] if cut else np.zeros(0, np.int32)
+        found.append(_Tree(prompt, stem, [c[cut:] for c in completions], prompt.concat(stem) if cut else prompt))
+    return found
 
 
 def _distinct(groups: Sequence[Group]) -> tuple[list[Group], np.ndarray]:
@@ -98,31 +124,58 @@ def score_plain(model, prompt, completion: np.ndarray, *, temperature: float = 1
     return picked - mx.logsumexp(logits, axis=-1)
 
 
-def _rows(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs, targets and mask (R, T); inputs are the prompt's last token and a row's tokens but its last."""
-    longest = max(len(c) for _, completions in groups for c in completions)
-    width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    shape = (sum(len(completions) for _, completions in groups), width)
+def _rows(trees: Sequence[_Tree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, targets and mask (R, T); inputs are the last token before a tail and its tokens but its last."""
+    tails = [(tree.begun.ids[-1], tail) for tree in trees for tail in tree.tails]
+    shape = (len(tails), padded(max(len(tail) for _, tail in tails)))
     ids, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    row = 0
-    for prompt, completions in groups:
-        for completion in completions:
-            ids[row, 0] = prompt.ids[-1]
-            ids[row, 1 : len(completion)] = completion[:-1]
-            targets[row, : len(completion)] = completion
-            mask[row, : len(completion)] = True
-            row += 1
+    for row, (before, tail) in enumerate(tails):
+        ids[row, 0] = before
+        ids[row, 1 : len(tail)] = tail[:-1]
+        targets[row, : len(tail)] = tail
+        mask[row, : len(tail)] = True
     return ids, targets, mask
 
 
-def _prefix_blocks(model, groups: Sequence[Group]) -> tuple[list[kv.Block], list[int]]:
-    """Forward the prompts without their last tokens: blocks of rows, and the groups' order in them."""
-    blocks, order = [], []
-    for cluster in cluster_prompts([prompt for prompt, _ in groups], LEAST_SHARED):
-        indices = sorted(cluster.indices, key=lambda i: len(groups[i][1]))
-        prefixes = _prompt_prefixes(model, [groups[i][0] for i in indices], cluster.shared)
+def _places(trees: Sequence[_Tree], order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each different completion's tokens stand among what was scored, and which are real: (R, T), (R, T).
+
+    Scored are, in `order`, first the stems and then the tails.
+    """
+    stems, tails = {}, {}
+    at = 0
+    for i in order:
+        stems[i] = at
+        at += len(trees[i].stem)
+    for i in order:
+        tails[i] = []
+        for tail in trees[i].tails:
+            tails[i].append(at)
+            at += len(tail)
+    rows = [
+        np.concatenate([np.arange(stems[i], stems[i] + len(f.stem)), np.arange(start, start + len(tail))])
+        for i, f in enumerate(trees)
+        for start, tail in zip(tails[i], f.tails, strict=True)
+    ]
+    places = np.zeros((len(rows), padded(max(map(len, rows)))), np.int32)
+    real = np.zeros(places.shape, bool)
+    for row, found in enumerate(rows):
+        places[row, : len(found)] = found
+        real[row, : len(found)] = True
+    return places, real
+
+
+def _begin(model, groups: Sequence[Group]) -> tuple[list[_Tree], list[int], list[kv.Block], list[mx.array]]:
+    """Forward the prompts and stems without their last tokens: the groups as trees, their order in what follows; blocks
+    of rows, and the hidden states (S, D) that predict the stems."""
+    clusters = cluster_prompts([prompt for prompt, _ in groups], LEAST_SHARED)
+    trees = _trees(groups, clusters, model.num_layers)
+    order, blocks, stems = [], [], []
+    for cluster in clusters:
+        indices = sorted(cluster.indices, key=lambda i: len(trees[i].tails))
+        prefixes, found = _prompt_prefixes(model, [trees[i] for i in indices], cluster.shared)
         start = 0
-        for count, run in groupby(indices, key=lambda i: len(groups[i][1])):
+        for count, run in groupby(indices, key=lambda i: len(trees[i].tails)):
             size = len(list(run))
             if count:
                 own = prefixes[-1]
@@ -130,20 +183,25 @@ def _prefix_blocks(model, groups: Sequence[Group]) -> tuple[list[kv.Block], list
                 blocks.append(kv.Block(size * count, (*prefixes[:-1], own)))
             start += size
         order += indices
-    return blocks, order
+        stems += found
+    return trees, order, blocks, stems
 
 
-def _prompt_prefixes(model, prompts: Sequence, start: int) -> tuple[kv.Prefix, ...]:
-    """What the prompts share, their first `start` tokens (if any), and each one's rest but its last token."""
-    if start > min(map(len, prompts)) - 2:
+def _prompt_prefixes(model, trees: Sequence[_Tree], start: int) -> tuple[tuple[kv.Prefix, ...], list[mx.array]]:
+    """What the prompts share, their first `start` tokens (if any), and each one's rest, stem included, but its last
+    token; and the hidden states that predict the stems."""
+    if start > min(len(f.prompt) for f in trees) - 2:
         start = 0
     shared = ()
     caches = kv.recording_caches(model.num_layers)
     if start:
-        embeds, positions, lengths = embed_pieces(model, [Piece(prompts[0], 0, start)])
+        embeds, positions, lengths = embed_pieces(model, [Piece(trees[0].prompt, 0, start)])
         model.hidden(embeds, positions, caches)
         shared = (kv.Prefix.of(caches, lengths),)
-        caches = kv.shared_prefix_caches([kv.Block(len(prompts), shared)])
-    embeds, positions, lengths = embed_pieces(model, [Piece(p, start, len(p) - 1) for p in prompts])
-    model.hidden(embeds, positions, caches)
-    return (*shared, kv.Prefix.of(caches, lengths, start))
+        caches = kv.shared_prefix_caches([kv.Block(len(trees), shared)])
+    embeds, positions, lengths = embed_pieces(model, [Piece(f.begun, start, len(f.begun) - 1) for f in trees])
+    hidden = model.hidden(embeds, positions, caches)
+    places = [row * hidden.shape[1] + len(f.prompt) - 1 - start + np.arange(len(f.stem)) for row, f in enumerate(trees)]
+    flat = np.concatenate(places).astype(np.int32)
+    states = [hidden.reshape(-1, hidden.shape[-1])[mx.array(flat)]] if len(flat) else []
+    return (*shared, kv.Prefix.of(caches, lengths, start)), states

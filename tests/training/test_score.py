@@ -12,7 +12,8 @@ from PIL import Image
 import mpi_mlx.assets
 from mpi_mlx.models import load_model
 from mpi_mlx.rollouts.sampler import sample
-from mpi_mlx.training.score import score, score_plain, split
+from mpi_mlx.training.score import forwards, score, score_plain, split
+from mpi_mlx.training.stems import common_stem, padded
 
 TINY = Path(mpi_mlx.assets.__file__).parent / "tiny"
 DOCUMENT = "If the sphere is red then answer yes. Otherwise say the colour of the largest cube. " * 4
@@ -66,7 +67,7 @@ def cases(model, name):
     """Groups of unequal prompts, completions and sizes; a leftover row."""
     rng = np.random.default_rng(0)
     pictures = (30, 30, 200) if model.is_multimodal else (None,) * 3
-    document = DOCUMENT if name == "document" else None
+    document = DOCUMENT if "document" in name else None
     queries = ("what is it?", "and is the cube red, or the sphere?", "colour")
     prompts = [encode(model, q, document, v) for q, v in zip(queries, pictures, strict=True)]
     if name == "mixed":
@@ -78,19 +79,28 @@ def cases(model, name):
     if name == "repeated":  # equal completions, of one prompt and of another
         (p, (a, b, c)), (q, (d, e, f)), (r, (g, h, i)) = groups
         groups = [(p, [a, b, a, a, c]), (q, [d, a, e, f]), (r, [g, g, h, i, h])]
+    if name in ("stems", "stems and document"):  # all of one prompt's begin alike; another's are but one
+        (begin,) = completions(rng, 20)
+        starts, ends = (begin[:13], begin, begin[:18]), ((5, 2, 1), (3,), (2, 4, 1, 3, 2, 5, 1, 4))
+        groups = [
+            (p, [np.concatenate([start, end]) for end in completions(rng, *lengths)])
+            for (p, _), start, lengths in zip(groups, starts, ends, strict=True)
+        ]
+        groups[1][1].append(groups[1][1][0])
     return groups
 
 
-@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed", "repeated"])
+@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed", "repeated", "stems", "stems and document"])
 @pytest.mark.parametrize("which", ["vision", "text"])
 def test_equals_plain_forward(which, name, request):
     model = request.getfixturevalue(which)
     groups = cases(model, name)
-    weight = mx.random.uniform(shape=(sum(len(c) for _, c in groups), 16))
+    width = padded(max(len(c) for _, cs in groups for c in cs))
+    weight = mx.random.uniform(shape=(sum(len(c) for _, c in groups), width))
 
     def shared(_):
         logprobs, mask = score(model, groups, temperature=0.9, chunk=7)
-        assert logprobs.shape == mask.shape == (len(weight), 16)
+        assert logprobs.shape == mask.shape == weight.shape
         return (logprobs * weight * mask).sum(), logprobs, mask
 
     def plain(_):
@@ -132,6 +142,18 @@ def test_equal_completions_are_forwarded_once(text, monkeypatch):
     assert forwarded == [3, 3 + 4 + 3]  # prompts, then of 5, 4 and 5 completions those that differ
 
 
+@pytest.mark.parametrize("name", ["stems", "stems and document"])
+def test_what_completions_begin_with_is_forwarded_with_their_prompt(vision, monkeypatch, name):
+    """Rows are of what follows; of a single completion, that is its last token."""
+    groups = cases(vision, name)
+    assert [common_stem(c) for _, c in groups] == [13, 22, 18]
+    forwarded = []
+    hidden = vision.hidden
+    monkeypatch.setattr(vision, "hidden", lambda x, *rest: forwarded.append(x.shape[:2]) or hidden(x, *rest))
+    score(vision, groups)
+    assert forwarded[-1] == (3 + 1 + 8, 8)
+
+
 def test_padding_changes_nothing(text):
     """A row alone and beside longer ones: the same numbers."""
     prompt, rng = encode(text, "what is it?"), np.random.default_rng(1)
@@ -141,3 +163,15 @@ def test_padding_changes_nothing(text):
     assert mask.shape == (1, 8)
     np.testing.assert_allclose(alone[0, :3], beside[1, :3], atol=1e-5)
     assert not np.array(alone)[np.array(mask) == 0].any()
+
+
+def test_groups_apart_give_what_they_give_together(text):
+    groups = cases(text, "ragged")
+    parts = forwards(groups, most_tokens=24)
+    assert len(parts) > 1 and sorted(i for part in parts for i in part) == [0, 1, 2]
+    whole, apart = split(*score(text, groups)), {}
+    for part in parts:
+        found = iter(split(*score(text, [groups[i] for i in part])))
+        apart |= {i: [next(found) for _ in groups[i][1]] for i in part}
+    for ours, row in zip(whole, [row for i in range(3) for row in apart[i]], strict=True):
+        np.testing.assert_allclose(ours, row, atol=1e-5)

@@ -1,0 +1,86 @@
+"""What completions of one prompt begin with in common, and which prompts to forward together.
+
+Costs are in tokens: what a forward of padded rows computes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WIDTH_MULTIPLE = 8  # completions are padded to a multiple of this, so that few distinct shapes occur
+FORWARD_TOKENS = 64  # what one more forward costs besides its tokens
+
+
+def padded(width: int) -> int:
+    return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def common_stem(completions: Sequence[np.ndarray]) -> int:
+    """Leading tokens that all completions share, one short of the shortest at most: each keeps a token of its own.
+
+    >>> common_stem([np.array([5, 6, 7]), np.array([5, 6, 8, 9])])
+    2
+    """
+    most = min((len(c) for c in completions), default=1) - 1
+    rows = np.stack([c[:most] for c in completions]) if most > 0 else np.zeros((1, 0))
+    differs = np.flatnonzero((rows != rows[0]).any(axis=0))
+    return int(differs[0]) if len(differs) else rows.shape[1]
+
+
+class Shape(NamedTuple):
+    """A prompt and its completions, as far as their cost goes."""
+
+    prompt: int  # its own tokens, without what it shares with others
+    rows: int  # different completions
+    longest: int
+    stem: int
+
+    @staticmethod
+    def of(prompt: int, completions: Sequence[np.ndarray]) -> "Shape":
+        different = {np.asarray(c, np.int32).tobytes(): c for c in completions}.values()
+        return Shape(prompt, len(different), max(map(len, different), default=0), common_stem(list(different)))
+
+
+def stem_limit(shapes: Sequence[Shape], layers: int) -> int:
+    """The longest stem to forward with its prompt when these share a forward: what is cheapest.
+
+    A prompt carries its stem once for all rows, but prompts are padded to the longest of them, and the last of
+    `layers`, of which a prompt's keys and values need no output, is computed for it whole.
+    """
+    choices = sorted({0, *(s.stem for s in shapes)})
+    return min(choices, key=lambda limit: _cost(shapes, limit, layers))
+
+
+def _cost(shapes: Sequence[Shape], limit: int, layers: int) -> float:
+    before = max(s.prompt - 1 + min(s.stem, limit) for s in shapes) * len(shapes)
+    after = max(s.longest - min(s.stem, limit) for s in shapes)
+    return before * (1 + (limit > 0) / layers) + sum(s.rows for s in shapes) * padded(after)
+
+
+def together(shapes: Sequence[Shape], most_tokens: int, each: int = 0) -> list[list[int]]:
+    """Indices of the shapes that should share a forward: the least padding and the fewest forwards.
+
+    A forward holds at most `most_tokens` of stems and rows (or one prompt's); it costs `FORWARD_TOKENS` and `each`
+    (what prompts share) more. Deterministic; they come by how long their completions are after the stem.
+    """
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i].longest - shapes[i].stem)
+    best, cut = [0.0], [0]
+    for stop in range(1, len(order) + 1):
+        rows = prompt = stem = tail = 0
+        found = (float("inf"), stop - 1)
+        for start in range(stop - 1, -1, -1):
+            shape = shapes[order[start]]
+            rows, prompt = rows + shape.rows, max(prompt, shape.prompt - 1 + shape.stem)
+            stem, tail = max(stem, shape.stem), max(tail, padded(shape.longest - shape.stem))
+            if start < stop - 1 and (stop - start) * stem + rows * tail > most_tokens:
+                break
+            cost = best[start] + (stop - start) * prompt + rows * tail + FORWARD_TOKENS + each
+            found = min(found, (cost, start))
+        best.append(found[0])
+        cut.append(found[1])
+    out, stop = [], len(order)
+    while stop:
+        out.append(order[cut[stop] : stop])
+        stop = cut[stop]
+    return out[::-1]
