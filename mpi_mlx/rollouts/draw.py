@@ -9,7 +9,7 @@ _BLOCK = 64  # tokens of the vocabulary that are looked at together
 
 
 class Draw:
-    """Tokens (B,) and their log-probabilities (B,) from logits (B, V)."""
+    """Tokens (B,) and their log-probabilities (B,) from hidden states (B, D)."""
 
     def __init__(self, model, temperature: float, top_p: float, logprobs: bool):
         self.model, self.temperature, self.top_p, self.logprobs = model, temperature, top_p, logprobs
@@ -19,15 +19,22 @@ class Draw:
             allowed[sorted(model.visual_ids)] = False
             self.allowed = mx.array(allowed)
 
-    def __call__(self, hidden: mx.array, uniforms: np.ndarray | None) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, hidden: mx.array, uniforms: np.ndarray | None, at: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Draws from each row of `hidden` (B, D), or from its rows `at` (B',), which may repeat."""
         logits = self.model.head(hidden).astype(mx.float32)
         if self.temperature == 0:
-            return self._greedy(logits)
+            tokens, logprobs = self._greedy(logits)
+            return (tokens, logprobs) if at is None else (tokens[at], logprobs[at])
         if self.temperature != 1:
             logits = logits * (1.0 / self.temperature)
         weights = exp(logits - logits.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        if at is not None:
+            weights, total = weights[at], total[at]
         tokens = self._invert(weights, mx.array(uniforms)[:, None])
-        share = mx.take_along_axis(weights, tokens, axis=-1) / weights.sum(axis=-1, keepdims=True)
+        share = mx.take_along_axis(weights, tokens, axis=-1) / total
         return tokens.squeeze(-1), mx.log(share).squeeze(-1)
 
     def _greedy(self, logits):

@@ -1,13 +1,13 @@
 """Sampling: every completion of a step decoded as one batch.
 
-What prompts share (a document) is prefilled once, each prompt's rest once, and all completions advance
-together; rows that have ended are dropped and the batch compacted. The tokens a key gives do not depend on
-that: each row has its own uniform numbers, one a token, turned into a token by inverting the distribution.
+What prompts share (a document) is prefilled once, each prompt's rest once, what a prompt's completions begin
+with in common once, and all advance together; rows that have ended are dropped and the batch compacted. The
+tokens a key gives do not depend on that: each row has its own uniform numbers, one a token, turned into a token
+by inverting the distribution.
 """
 
 import time
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -15,36 +15,10 @@ import numpy as np
 from mpi_mlx.models import kv
 from mpi_mlx.models.merged import merged_adapters
 from mpi_mlx.models.pieces import Cluster, cluster_prompts
+from mpi_mlx.rollouts.completions import Collected, Completion, SamplingStats
+from mpi_mlx.rollouts.decode import Batch
 from mpi_mlx.rollouts.draw import Draw
 from mpi_mlx.rollouts.prefill import prefill, prefill_shared
-
-COMPACT_BELOW = 0.75  # compact when the rows still needed are at most this share of the batch
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    `ids` int32 (T,), the end-of-turn token included when it was drawn; `logprobs` float32 (T,), each token's
-    log-probability under softmax(logits / temperature) over the whole vocabulary (temperature 1 when greedy):
-    neither the exclusion of visual tokens nor `top_p` is in it, so that it equals what `training.score`
-    computes. `finished`: a stop token was drawn.
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
-
-
-@dataclass
-class SamplingStats:
-    """What sampling took. `decode_tokens` are kept tokens, `row_steps` rows x steps forwarded for them."""
-
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    row_steps: int = 0
 
 
 def sample(
@@ -111,7 +85,7 @@ def _sample_waves(
         uniforms = _uniforms(key, [n for _, n in requests], max_tokens)
     draw = Draw(model, temperature, top_p, logprobs)
     stops = np.array(sorted(model.eos_ids if stop_ids is None else stop_ids), np.int32)
-    collected = _Collected(rows, max_tokens, stops)
+    collected = Collected(rows, max_tokens, stops)
     first = np.cumsum([0, *(n for _, n in requests)])
     clusters = cluster_prompts([p for p, _ in requests])
     begin = time.perf_counter()
@@ -191,126 +165,15 @@ def _run_wave(model, requests, first, wave, shared, draw, uniforms, collected, s
     stats.decode_seconds += time.perf_counter() - middle
 
 
-def _prefilled(model, requests, first, wave, shared, collected, stats) -> "_Batch":
-    """A wave's rows, their prompts' keys and values stored."""
-    blocks, slots, hidden, positions = [], [], [], []
+def _prefilled(model, requests, first, wave, shared, collected, stats) -> Batch:
+    """A wave's prompts, their keys and values stored."""
+    blocks, rows, hidden, positions = [], [], [], []
     for number, indices in wave:
         prompts = [requests[i][0] for i in indices]
         ready = prefill(model, prompts, shared[number])
-        most = max(requests[i][1] for i in indices)
-        rows = np.full((len(indices), most), -1)
-        for at, i in enumerate(indices):
-            rows[at, : requests[i][1]] = np.arange(first[i], first[i + 1])
-        blocks.append(kv.Block(rows.size, ready.prefixes))
-        slots.append(rows)
-        hidden.append(mx.repeat(ready.hidden, most, axis=0))
-        positions.append(np.repeat([p.next_position for p in prompts], most))
+        blocks.append(kv.Block(len(prompts), ready.prefixes))
+        rows += [np.arange(first[i], first[i + 1]) for i in indices]
+        hidden.append(ready.hidden)
+        positions += [p.next_position for p in prompts]
         stats.prefill_tokens += int(ready.prefixes[-1].lengths.sum())
-    return _Batch(model, blocks, slots, mx.concatenate(hidden), np.concatenate(positions).astype(np.int32))
-
-
-class _Collected:
-    """What was drawn for each of R rows."""
-
-    def __init__(self, rows: int, max_tokens: int, stops: np.ndarray):
-        self.ids = np.zeros((rows, max_tokens), np.int32)
-        self.logprobs = np.zeros((rows, max_tokens), np.float32)
-        self.lengths = np.zeros(rows, np.int64)
-        self.finished = np.zeros(rows, bool)
-        self.max_tokens, self.stops = max_tokens, stops
-        self._lazy: list[tuple[np.ndarray, int, mx.array]] = []
-
-    def add(self, slots: np.ndarray, step: int, tokens: mx.array, logprobs: mx.array) -> np.ndarray:
-        """Record a step's tokens; returns which slots (B,) go on."""
-        drawn = np.array(tokens)
-        live = np.flatnonzero(slots >= 0)
-        live = live[~self.finished[slots[live]]]
-        rows = slots[live]
-        self.ids[rows, step] = drawn[live]
-        self.lengths[rows] = step + 1
-        self.finished[rows] = np.isin(drawn[live], self.stops)
-        self._lazy.append((slots, step, logprobs))
-        going = np.zeros(len(slots), bool)
-        going[live] = ~self.finished[rows]
-        return going
-
-    def flush(self) -> None:
-        for slots, step, logprobs in self._lazy:
-            live = slots >= 0
-            self.logprobs[slots[live], step] = np.array(logprobs)[live]
-        self._lazy.clear()
-
-    def completions(self) -> list[Completion]:
-        rows = zip(self.ids, self.logprobs, self.lengths, self.finished, strict=True)
-        return [Completion(i[:n].copy(), p[:n].copy(), bool(f)) for i, p, n, f in rows]
-
-
-class _Batch:
-    """Rows being decoded: blocks of prompts x slots; `slots` holds row numbers, -1 where a slot is empty."""
-
-    def __init__(self, model, blocks, slots: list[np.ndarray], hidden: mx.array, positions: np.ndarray):
-        self.model, self.blocks, self.slots = model, blocks, slots
-        self.hidden, self.positions = hidden, positions
-        self.caches = kv.decode_caches(blocks)
-
-    @property
-    def flat(self) -> np.ndarray:
-        return np.concatenate([s.reshape(-1) for s in self.slots])
-
-    def decode(self, draw: Draw, uniforms: np.ndarray | None, collected: _Collected, stats) -> None:
-        """Draw until every row has ended. A step is launched before the one before it is looked at."""
-        slots, step = self.flat, 0
-
-        def numbers():
-            return None if uniforms is None else uniforms[np.maximum(slots, 0), step]
-
-        tokens, logprobs = draw(self.hidden, numbers())
-        mx.async_eval(tokens, logprobs)
-        while True:
-            pending = (slots, step, tokens, logprobs)
-            step += 1
-            if step < collected.max_tokens:
-                tokens, logprobs = draw(self._forward(tokens, step - 1), numbers())
-                mx.async_eval(tokens, logprobs)
-                stats.row_steps += len(slots)
-            going = collected.add(*pending)
-            if step >= collected.max_tokens or not going.any():
-                break
-            kept = self._compact(going)
-            if kept is not None:
-                slots, index = self.flat, mx.array(kept)
-                tokens = tokens[index]
-                # the launched step's log-probabilities are recorded under the new slots
-                logprobs = logprobs[index]
-        collected.flush()
-
-    def _forward(self, tokens: mx.array, step: int) -> mx.array:
-        position = mx.array((self.positions + step)[:, None])
-        if self.model.uses_mrope:
-            position = mx.broadcast_to(position[None], (3, *position.shape))
-        return self.model.hidden(self.model.embed(tokens[:, None]), position, self.caches)[:, 0]
-
-    def _compact(self, going: np.ndarray) -> np.ndarray | None:
-        """Drop prompts that are done and slots that no prompt needs; returns the old rows (B',) kept."""
-        blocks, slots, kept, start = [], [], [], 0
-        for block, old in zip(self.blocks, self.slots, strict=True):
-            alive = going[start : start + block.rows].reshape(old.shape)
-            prompts = np.flatnonzero(alive.any(axis=1))
-            if len(prompts):
-                width = int(alive.sum(axis=1).max())
-                # living slots first; the rest of a narrower prompt's slots stay empty
-                order = np.argsort(~alive[prompts], axis=1, kind="stable")[:, :width]
-                empty = ~np.take_along_axis(alive[prompts], order, axis=1)
-                slots.append(np.where(empty, -1, np.take_along_axis(old[prompts], order, axis=1)))
-                kept.append((start + prompts[:, None] * old.shape[1] + order).reshape(-1))
-                prefixes = block.prefixes
-                if len(prompts) < len(old):
-                    prefixes = tuple(p if len(p.lengths) != len(old) else p.take(prompts) for p in prefixes)
-                blocks.append(kv.Block(slots[-1].size, prefixes))
-            start += block.rows
-        kept = np.concatenate(kept)
-        if len(kept) > COMPACT_BELOW * start:
-            return None
-        self.blocks, self.slots, self.positions = blocks, slots, self.positions[kept]
-        self.caches = kv.compact(self.caches, blocks, kept)
-        return kept
+    return Batch(model, blocks, rows, mx.concatenate(hidden), np.array(positions, np.int32))

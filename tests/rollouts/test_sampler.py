@@ -12,7 +12,7 @@ from PIL import Image
 import mpi_mlx.assets
 from mpi_mlx.models import load_model
 from mpi_mlx.models.pieces import cluster_prompts
-from mpi_mlx.rollouts import sampler
+from mpi_mlx.rollouts import decode
 from mpi_mlx.rollouts.draw import Draw, invert_cumulated
 from mpi_mlx.rollouts.sampler import SamplingStats, generate_greedy, sample, sample_mixed
 
@@ -168,7 +168,7 @@ def test_one_key_one_result_whatever_is_compacted(model, monkeypatch):
     options = dict(num_samples=4, max_tokens=30, temperature=1.0, stop_ids=range(50, 160))
     stats, steady = SamplingStats(), SamplingStats()
     a = sample(model, batch, key=mx.random.key(3), stats=stats, **options)
-    monkeypatch.setattr(sampler, "COMPACT_BELOW", 0.0)
+    monkeypatch.setattr(decode, "COMPACT_BELOW", 0.0)
     b = sample(model, batch, key=mx.random.key(3), stats=steady, **options)
     assert stats.row_steps < 0.9 * steady.row_steps
     waves = sample(model, batch, key=mx.random.key(3), max_rows=5, **options)
