@@ -1,17 +1,18 @@
 """Our RL step's time against the prompts' length and the groups' size, and the prompts' share of the update.
 
 python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add] [--processor]
-python benchmarks/growth.py --run runs/quickstart [--repeats 5] [--groups 2 8 32]
+python benchmarks/growth.py --run runs/quickstart [--repeats 5] [--lengths 128 512] [--groups 2 8 32] [--add]
 
 The share: seconds that the prompts' own forward and backward take alone (gradients arriving at every layer's keys and
 values, as the completions send them), of the update's.
 
 Random weights draw completions that share nothing. `--run` takes a run's agent as it was before its rl stage, and the
-run's own prompts: what completions share is not computed twice.
+run's own prompts, as they are and lengthened: what completions share is not computed twice.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 import common
 
@@ -23,9 +24,9 @@ TEMPLATE = 12  # tokens of a prompt that are not its words
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--add", action="store_true", help="to the lengths in results/")
+    parser.add_argument("--add", action="store_true", help="keep the other lengths in results/")
     parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that are shared")
     parser.add_argument("--run", help="folder of a finished run, its agent instead of random weights")
     options = parser.parse_args()
@@ -62,27 +63,42 @@ def measure(length: int, options) -> list[dict]:
 
 
 def trained(options) -> None:
-    """The same of a run's agent, on its own prompts; nothing moves it (a learning rate of next to nothing)."""
+    """The same of a run's agent; nothing moves it (a learning rate of next to nothing)."""
+    if not (Path(options.run) / "stages").is_dir():
+        raise SystemExit(f"{options.run} is not a run's folder: train recipes/quickstart.yaml first")
+    file = common.HERE / "results" / "growth_trained.json"
+    rows = json.loads(file.read_text())["table"] if options.add else []
+    table = {(r["length"], r["group"]): r for r in rows}
+    for length in options.lengths if options.add else [0, *options.lengths]:
+        rows = of_agent(length, options)
+        table |= {(length, row["group"]): row for row in rows}
+        for row in rows:
+            print(
+                f"prompts of {row['prompt']:5.0f}, groups of {row['group']:3d}: {row['seconds']:.3f} s, "
+                f"{row['rollout_seconds']:.3f} of it rollout; {row['tokens']:.0f} tokens a completion"
+            )
+        steps = [b["seconds"] / a["seconds"] for a, b in zip(rows[:-1], rows[1:], strict=True)]
+        print(f"the next group size costs x {', '.join(f'{s:.2f}' for s in steps)}", flush=True)
+    common.save("growth_trained", {"run": Path(options.run).name, "table": [table[key] for key in sorted(table)]})
+
+
+def of_agent(length: int, options) -> list[dict]:
+    """Medians for each group size, measured in turn; length 0: prompts as they are."""
     same = dict(
         prompts=PROMPTS, policy_aware=0, learning_rate="1.0e-12", updates_per_rollout=1, minibatches=1,
         drop_constant="false", sft_coef=0, kl_coef=0, steps=10**6,
     )  # fmt: skip
+    work = dict(run=options.run, length=length, examples=PROMPTS * (options.repeats + 1))
     sides = [
-        common.Side(str(group), "ours_rl_run.py", run=options.run, stage={**same, "group_size": group})
+        common.Side(str(group), "ours_rl_run.py", stage={**same, "group_size": group}, **work)
         for group in options.groups
     ]
     results = common.alternate(sides, options.repeats)
-    rows = [{"group": g, "tokens": common.median(results[str(g)], "tokens")} for g in options.groups]
-    for row in rows:
-        found = results[str(row["group"])]
-        row |= {f"{part}seconds": common.median(found, f"{part}seconds") for part in ("", "rollout_", "update_")}
-        print(
-            f"groups of {row['group']:3d}: {row['seconds']:.3f} s, {row['rollout_seconds']:.3f} of it rollout; "
-            f"{row['tokens']:.0f} tokens a completion"
-        )
-    steps = [b["seconds"] / a["seconds"] for a, b in zip(rows[:-1], rows[1:], strict=True)]
-    print(f"the next group size costs x {', '.join(f'{s:.2f}' for s in steps)}")
-    common.save("growth_trained", {"run": options.run, "table": rows})
+    names = ("seconds", "rollout_seconds", "update_seconds", "prompt", "tokens")
+    return [
+        {"length": length, "group": group, **{name: common.median(results[str(group)], name) for name in names}}
+        for group in options.groups
+    ]
 
 
 def show(row: dict) -> None:

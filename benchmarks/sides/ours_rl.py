@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from wire import Clock, preload_blas, report, settings, wait
+from wire import Clock, phases, preload_blas, report, settings, time_batches, wait
 
 preload_blas()
 
@@ -60,21 +60,17 @@ examples = [example(i, p) for i, p in enumerate(options["prompts"])]
 source = RolloutSource(model, examples, document, spec, Rewards(), 0)
 optimizer = Optimizer("adamw")
 optimizer.init(model.net.trainable_parameters())
-drawing = source.batch
 rollout = {}
 
 
-def timed(step):
-    clock = Clock()
-    batch = drawing(step)
-    rollout.update(clock.read(), peak=mx.get_peak_memory(), micros=batch.micros)
+def look(batch):
+    rollout.update(peak=mx.get_peak_memory(), micros=batch.micros)
     mx.reset_peak_memory()
     rows = [(len(g.prompt), len(r.completion_ids)) for m in batch.micros for g in m.groups for r in g.rollouts]
     rollout.update(tokens=sum(t for _, t in rows) / len(rows), length=sum(map(sum, rows)) / len(rows))
-    return batch
 
 
-source.batch = timed
+clocked = time_batches(source, look)
 
 
 def prompts_alone() -> dict:
@@ -102,6 +98,5 @@ while True:
     spent = clock.read()
     same = {"tokens": rollout["tokens"], "length": rollout["length"], "drift": step.metrics["drift"]}
     peaks = {"peak": max(rollout["peak"], mx.get_peak_memory()), "update_peak": mx.get_peak_memory()}
-    phases = {f"rollout_{key}": rollout[key] for key in spent}
-    phases |= {f"update_{key}": spent[key] - rollout[key] for key in spent}
-    report(**spent, **phases, **(prompts_alone() if options.get("phases") else {}), **same, **peaks)
+    alone = prompts_alone() if options.get("phases") else {}
+    report(**phases(spent, clocked), **alone, **same, **peaks)

@@ -1,8 +1,13 @@
-"""mpi-mlx: RL steps of a run's agent, as it was before its rl stage, on the run's own prompts."""
+"""mpi-mlx: RL steps of a run's agent, as it was before its rl stage, on the run's own prompts.
 
+With a `length`, a system message lengthens each of them to about so many tokens: the rulebook's own text, from
+another place on for each prompt, so that prompts share nothing.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
-from wire import Clock, preload_blas, report, settings, wait
+from wire import Clock, phases, preload_blas, report, settings, time_batches, wait
 
 preload_blas()
 
@@ -22,27 +27,31 @@ ready = prepare(load_recipe(run / "recipe.yaml", overrides), survey=False)
 (before,) = (run / "stages").glob(f"{index}-*")  # stages are counted from 1
 load_adapter(ready.model, before / "adapter")
 stage = ready.stages[index]
+source = stage.source
+
+
+def lengthened(number, example):
+    words = source.document.text.split()
+    begin, tokenizer = 37 * number % len(words), ready.model.tokenizer
+    ids = tokenizer.encode(" ".join(words[begin:] + words[:begin]), add_special_tokens=False)
+    missing = options["length"] - len(ready.model.encode(example.messages, generation_prompt=True))
+    text = tokenizer.decode((ids * (missing // len(ids) + 1))[:missing])
+    return replace(example, messages=({"role": "system", "content": text}, *example.messages))
+
+
+if options.get("length"):
+    source.examples = [lengthened(n, e) for n, e in enumerate(source.examples[: options["examples"]])]
+seen = {}
+clocked = time_batches(source, lambda batch: seen.update(groups=[g for m in batch.micros for g in m.groups]))
 optimizer = Optimizer("adamw")
 optimizer.init(ready.model.net.trainable_parameters())
-drawing, rollout = stage.source.batch, {}
-
-
-def timed(step):
-    clock = Clock()
-    batch = drawing(step)
-    rollout.update(clock.read())
-    return batch
-
-
-stage.source.batch = timed
-spec = ready.stages[index].source.spec
-steps = fit(stage.module, stage.source, stage.objective, spec, total=stage.steps, seed=0, optimizer=optimizer)
+steps = fit(stage.module, source, stage.objective, source.spec, total=stage.steps, seed=0, optimizer=optimizer)
 while True:
     wait()
     mx.reset_peak_memory()
     clock = Clock()
     step = next(steps)
-    spent = clock.read()
-    phases = {f"rollout_{key}": rollout[key] for key in spent}
-    phases |= {f"update_{key}": spent[key] - rollout[key] for key in spent}
-    report(**spent, **phases, tokens=step.metrics["completion_length"], peak=mx.get_peak_memory())
+    taken = phases(clock.read(), clocked)
+    lengths = [len(g.prompt) for g in seen["groups"]]
+    prompt = sum(lengths) / len(lengths)
+    report(**taken, prompt=prompt, tokens=step.metrics["completion_length"], peak=mx.get_peak_memory())

@@ -43,3 +43,24 @@ class Clock:
 
     def read(self) -> dict:
         return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def time_batches(source, then=lambda batch: None) -> dict:
+    """Clock `source.batch`, and call `then` after each; the dict holds what the last batch took."""
+    drawing, taken = source.batch, {}
+
+    def timed(step):
+        clock = Clock()
+        batch = drawing(step)
+        taken.update(clock.read())
+        then(batch)
+        return batch
+
+    source.batch = timed
+    return taken
+
+
+def phases(step: dict, rollout: dict) -> dict:
+    """A step's seconds, its rollout's and its update's."""
+    found = {f"rollout_{key}": rollout[key] for key in step}
+    return step | found | {f"update_{key}": step[key] - rollout[key] for key in step}
