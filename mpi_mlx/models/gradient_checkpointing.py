@@ -18,6 +18,7 @@ def enable_gradient_checkpointing(model: Model, on: bool = True) -> None:
     for layer in model.layers:
         plain = getattr(type(layer), "_checkpointed", None)
         if on and plain is None:
+            layer.adapters_switch = model.adapters
             layer.__class__ = _checkpointed_class(type(layer))
         elif not on and plain is not None:
             layer.__class__ = plain
@@ -48,7 +49,12 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     args = list(args)
     slot = next((index for index, value in enumerate(args) if hasattr(value, "update_and_fetch")), None)
     cache = kwargs.get("cache") if slot is None else args[slot]
-    held = getattr(cache, "prefixes", None) or []
+    if not getattr(cache, "gradient", True):
+        return plain.__call__(layer, x, *args, **kwargs)
+    held, length = getattr(cache, "prefixes", None) or [], []
+    switch, key = layer.adapters_switch, None
+    if layer.training and getattr(switch, "drops", False):
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
 
     def inner(parameters: dict, x: mx.array, held: list) -> tuple:
         layer.update(parameters)
@@ -61,8 +67,11 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
                 kwargs["cache"] = own
             else:
                 args[slot] = own
+        switch.dropout_key = key  # the second forward must drop what the first one did
         out = plain.__call__(layer, x, *args, **kwargs)
+        switch.dropout_key = None
         keys, values = getattr(own, "keys", None), getattr(own, "values", None)
+        length[:] = [getattr(own, "length", None)]
         return (out,) if keys is None else (out, keys, values)
 
     parameters = layer.trainable_parameters()
@@ -71,5 +80,5 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     if recorded:
         cache.keys, cache.values = recorded
         if hasattr(cache, "length"):
-            cache.length = cache.keys.shape[2]
+            (cache.length,) = length
     return out

@@ -19,11 +19,27 @@ def input_size(linear: nn.Module) -> int:
     return columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that takes its masks from `switch.dropout_key` while there is one: the same key, the same masks."""
+
+    def __init__(self, p: float, switch: SimpleNamespace):
+        super().__init__(p)
+        self.switch = switch
+
+    def __call__(self, x: mx.array) -> mx.array:
+        key = getattr(self.switch, "dropout_key", None)
+        if key is None or self._p_1 == 1 or not self.training:
+            return super().__call__(x)
+        self.switch.dropout_key, own = mx.random.split(key)
+        return mx.random.bernoulli(self._p_1, x.shape, own) * x * (1 / self._p_1)
+
+
 def _set_update(module: nn.Module, linear, rank, scale, dropout, key, switch) -> None:
     """The members of an adapted linear, its own class's constructor left out."""
     nn.Module.__init__(module)
     module.linear = linear
-    module.dropout = nn.Dropout(p=dropout)
+    module.dropout = Dropout(dropout, switch)
+    switch.drops = dropout > 0
     module.scale = scale
     module.switch = switch
     inputs, outputs = input_size(linear), linear.weight.shape[0]

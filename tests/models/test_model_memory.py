@@ -14,6 +14,7 @@ from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing,
 from mpi_mlx.models.kv import Block, Prefix, recording_caches, route_attention, shared_prefix_caches
 from mpi_mlx.models.lora import attach_lora
 from mpi_mlx.models.memory import count_parameters, memory_estimate
+from mpi_mlx.rollouts.sampler import sample
 
 SPEC = SimpleNamespace(rank=4, alpha=8, dropout=0.0, targets="all-linear", kind="lora", projector=False)
 
@@ -61,6 +62,46 @@ def test_gradients_are_the_same_with_checkpointing(adapted, loss):
         assert (
             mx.abs(grads[name] - same[name]).max().item() <= 1e-4 * mx.abs(grads[name]).max().item() + 1e-7
         ), name
+
+
+def test_gradients_are_those_of_the_masks_that_dropped(qwen, monkeypatch):
+    """The second forward drops what the first did; mx.checkpoint itself may not change a number."""
+    attach_lora(qwen, SimpleNamespace(**{**vars(SPEC), "dropout": 0.2}))
+    mx.random.seed(0)
+    qwen.net.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), qwen.net.trainable_parameters()))
+    qwen.net.train()
+    enable_gradient_checkpointing(qwen, True)
+
+    def run():
+        mx.random.seed(4)
+        value, grads = nn.value_and_grad(qwen.net, lambda: plain_loss(qwen))()
+        mx.eval(value, grads)
+        return value, dict(tree_flatten(grads)), mx.random.uniform().item()
+
+    value, grads, drawn = run()
+    monkeypatch.setattr(mx, "checkpoint", lambda function: function)
+    plain_value, plain, plain_drawn = run()
+    assert mx.allclose(value, plain_value) and drawn == plain_drawn
+    qwen.net.eval()
+    assert abs(run()[0].item() - value.item()) > 1e-3 * value.item(), "nothing was dropped"
+    for name in plain:
+        assert mx.abs(grads[name] - plain[name]).max().item() <= 1e-4 * mx.abs(plain[name]).max().item() + 1e-7, name
+
+
+def test_sampling_is_the_same_with_checkpointing(adapted):
+    """Evaluations and rollouts between the steps of a stage decode with it on."""
+    asked = [[{"role": "user", "content": "word " * (i + 1)}] for i in range(3)]
+    prompts = [adapted.encode(messages, generation_prompt=True) for messages in asked]
+
+    def drawn():
+        options = dict(num_samples=2, max_tokens=12, key=mx.random.key(1), stop_ids=())
+        return [c for group in sample(adapted, prompts, **options) for c in group]
+
+    plain = drawn()
+    enable_gradient_checkpointing(adapted, True)
+    for a, b in zip(plain, drawn(), strict=True):
+        assert a.ids.tolist() == b.ids.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
 def test_twice_on_is_once_on_and_off_is_off(adapted, qwen_folder):
