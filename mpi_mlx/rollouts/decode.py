@@ -49,6 +49,7 @@ class Batch:
         while True:
             numbers = None if uniforms is None else uniforms[self.rows, step]
             tokens, logprobs = draw(hidden, numbers, mx.array(self.at.astype(np.int32)))
+            mx.eval(tokens, logprobs)  # until then a log-probability holds its row's whole vocabulary
             going = collected.add(self.rows, step, tokens, logprobs)
             step += 1
             self.rows, self.at, drawn = self.rows[going], self.at[going], np.array(tokens)[going]

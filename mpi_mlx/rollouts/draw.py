@@ -31,9 +31,13 @@ class Draw:
             logits = logits * (1.0 / self.temperature)
         weights = exp(logits - logits.max(axis=-1, keepdims=True))
         total = weights.sum(axis=-1, keepdims=True)
+        kept, order = self._kept(weights)
         if at is not None:
-            weights, total = weights[at], total[at]
-        tokens = self._invert(weights, mx.array(uniforms)[:, None])
+            weights, total, kept = weights[at], total[at], kept[at]
+            order = None if order is None else order[at]
+        tokens = invert_cumulated(kept, mx.array(uniforms)[:, None])
+        if order is not None:
+            tokens = mx.take_along_axis(order, tokens, axis=-1)
         share = mx.take_along_axis(weights, tokens, axis=-1) / total
         return tokens.squeeze(-1), mx.log(share).squeeze(-1)
 
@@ -45,19 +49,16 @@ class Draw:
         picked = mx.take_along_axis(logits, tokens[:, None], axis=-1).squeeze(-1)
         return tokens, picked - logsumexp(logits)
 
-    def _invert(self, weights: mx.array, uniforms: mx.array) -> mx.array:
-        """The first token (B, 1) at which the cumulated share of `weights` (B, V) passes `uniforms` (B, 1)."""
-        order = None
+    def _kept(self, weights: mx.array) -> tuple[mx.array, mx.array | None]:
+        """`weights` (B, V) of what may be drawn, and the tokens that they belong to; None: in their own order."""
         if self.allowed is not None:
             weights = weights * self.allowed
-        if self.top_p < 1.0:
-            order = mx.argsort(-weights, axis=-1)
-            weights = mx.take_along_axis(weights, order, axis=-1)
-            total = weights.sum(axis=-1, keepdims=True)
-            before = mx.cumsum(weights, axis=-1) - weights
-            weights = weights * (before < self.top_p * total)
-        tokens = invert_cumulated(weights, uniforms)
-        return tokens if order is None else mx.take_along_axis(order, tokens, axis=-1)
+        if self.top_p >= 1.0:
+            return weights, None
+        order = mx.argsort(-weights, axis=-1)
+        weights = mx.take_along_axis(weights, order, axis=-1)
+        before = mx.cumsum(weights, axis=-1) - weights
+        return weights * (before < self.top_p * weights.sum(axis=-1, keepdims=True)), order
 
 
 def invert_cumulated(weights: mx.array, uniforms: mx.array) -> mx.array:

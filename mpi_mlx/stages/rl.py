@@ -59,12 +59,8 @@ class RolloutSource:
         self.cursor = int(state["cursor"])
 
     def batch(self, step: int) -> Batch:
-        self.model.net.eval()  # no dropout while sampling
-        batch = self._batch(step)
-        self.model.net.train()
-        return batch
-
-    def _batch(self, step: int) -> Batch:
+        # no dropout, while sampling or in the updates: ratios, KL and drift compare the network with itself
+        self.model.net.eval()
         spec = self.spec
         kept: list[RolloutGroup] = []
         drawn: list[RolloutGroup] = []
