@@ -119,8 +119,11 @@ class _Tiled(NamedTuple):
         """Log-probabilities (n,), log-sum-exps (n,) and, with `gradient`, gradients (n, D) of some positions.
 
         The softmax is online: what has been summed is scaled down when a later tile holds a larger logit.
+        In 16 bits the target is left out of softmax W: of a token that is all but certain, W[target] - softmax W would
+        be the difference of two roundings of nearly the same vector.
         """
         chosen, top, total, picked, mean, last = targets[:, None], None, None, None, None, ()
+        others, apart = None, gradient and bool(weights) and weights[0].dtype.size < 4
         for span in self.columns:
             logits = self._logits(_after(h, last), weights, span)
             at = mx.clip(chosen - span[0], 0, span[1] - span[0] - 1)
@@ -132,18 +135,24 @@ class _Tiled(NamedTuple):
             share = powers.sum(axis=-1, keepdims=True)
             shrink = None if top is None else exp(top - largest)
             total = share if shrink is None else total * shrink + share
+            if apart:
+                powers = mx.where(mx.arange(*span) == chosen, 0.0, powers)
+                left = powers.sum(axis=-1, keepdims=True)
+                others = left if shrink is None else others * shrink + left
             if gradient and weights:
                 matrix = weights[0][span[0] : span[1]]
                 part = (powers.astype(matrix.dtype) @ matrix).astype(mx.float32)
                 mean = part if shrink is None else mean * shrink + part
             top = largest
-            last = (picked, total) if mean is None else (picked, total, mean)
+            last = tuple(x for x in (picked, total, mean, others) if x is not None)
         normaliser = top + mx.log(total)
         out = ((picked - normaliser).squeeze(-1), normaliser.squeeze(-1))
         if not gradient:
             return out
         if weights:
-            return (*out, (weights[0][targets].astype(mx.float32) - mean / total) * self.inverse)
+            own = weights[0][targets].astype(mx.float32)
+            own = own * (others / total) if apart else own
+            return (*out, (own - mean / total) * self.inverse)
         spread = (-powers / total).at[mx.arange(targets.size), targets].add(1.0) * self.inverse
         return (*out, mx.vjp(self.head, [h], [spread.astype(h.dtype)])[1][0].astype(mx.float32))
 

@@ -99,6 +99,31 @@ def test_callable_head(problem, chunk):
     assert relative(ours, mx.grad(plain)(hidden)) < 1e-5
 
 
+@pytest.mark.parametrize("columns", [None, 64])
+def test_certain_tokens_keep_their_gradient_in_16_bits(monkeypatch, columns):
+    """Relative to float32's of the same rounded numbers; the difference of two roundings would be off by a tenth."""
+    if columns:
+        rows, spans = [(0, 3), (3, 6), (6, 8)], [(i, i + columns) for i in range(0, 256, columns)]
+        monkeypatch.setattr(losses, "_tiles", lambda *_, **__: (rows, spans))
+    mx.random.seed(2)
+    matrix = (0.05 * mx.random.normal((256, 128))).astype(mx.bfloat16)
+    targets = mx.array([3, 77, 200, 255, 0, 64, 128, 9])
+    # towards the target's row until it has some 0.99 and more of the probability
+    hidden = (40.0 * matrix[targets] * mx.array([0.6, 0.7, 0.8, 0.9, 1.0, 0.8, 0.7, 0.9])[:, None]).astype(mx.bfloat16)
+
+    def gradient(dtype):
+        def loss(h):
+            return losses.token_logprobs(matrix.astype(dtype), h, targets).sum()
+
+        return mx.grad(loss)(hidden.astype(dtype)).astype(mx.float32)
+
+    exact, rounded = gradient(mx.float32), gradient(mx.bfloat16)
+    probability = mx.exp(losses.token_logprobs(matrix.astype(mx.float32), hidden.astype(mx.float32), targets))
+    assert (probability > 0.9).sum().item() >= 4, probability
+    off = mx.linalg.norm(exact - rounded, axis=-1) / mx.linalg.norm(exact, axis=-1)
+    assert off.max().item() < 0.04, (off, probability)
+
+
 def test_tied_head_adds_to_the_embedding_gradient(problem):
     weight, _, targets, cot, _ = problem
     ids = mx.arange(11)
