@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from mpi_mlx.documents.images import BROKEN, as_seen, why_broken
 from mpi_mlx.errors import DataError
 
 
@@ -94,7 +95,7 @@ class ImageInput:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """An image source as RGB.
+    """An image source as RGB, as viewers show it (see ``as_seen``).
 
     Raises:
         DataError: it is missing or broken.
@@ -102,14 +103,14 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Drawn):
         source = source.open()
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
+        return as_seen(source)
     try:
         with Image.open(source) as opened:
-            return opened.convert("RGB")
+            return as_seen(opened)
     except FileNotFoundError:
         raise DataError(f"image {source} does not exist; check the path in the example") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"image {source} cannot be read ({error}); replace the file") from None
+    except BROKEN as error:
+        raise DataError(f"image {source} cannot be read ({why_broken(error)}); replace the file") from None
 
 
 class ImageStore:
@@ -170,12 +171,14 @@ class ImageStore:
     def _key(self, source: ImageSource) -> str:
         if isinstance(source, Drawn):
             return self._digest(b"drawn", source.key.encode())
-        if isinstance(source, Image.Image):
+        if isinstance(source, Image.Image):  # as it is seen: a palette's indices alone say little
+            source = load_image(source)
             return self._digest(f"{source.mode}{source.size}".encode(), source.tobytes())
         try:
             stat = os.stat(source)
-        except OSError:
-            raise DataError(f"image {source} does not exist; check the path in the example") from None
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            name = os.fspath(source)[:160]
+            raise DataError(f"image {name} does not exist; check the path in the example") from None
         known = (os.fspath(source), stat.st_mtime_ns, stat.st_size)
         if known not in self._paths:
             try:

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 
 from PIL import Image
 
+from mpi_mlx.documents.images import as_seen
 from mpi_mlx.serving.limits import Limits, Refused
 from mpi_mlx.serving.remote import Unfetched
 
@@ -33,7 +34,7 @@ class Pictures:
         self._until: float | None = None  # for what is fetched
 
     def load(self, url: str, where: str) -> Image.Image:
-        """The picture behind a URL, as RGB. Raises Refused, naming ``where`` it stands in the request."""
+        """The picture behind a URL, as it is seen. Raises Refused, naming ``where`` it stands in the request."""
         self._count += 1
         if self._count > self.limits.images:
             raise Refused(f"{where}: at most {self.limits.images} images", param=where)
@@ -70,7 +71,7 @@ class Pictures:
                 if self.pixels > self.limits.request_pixels:
                     most = f"{self.limits.request_pixels:,}"
                     raise Refused(f"{where}: all images together have at most {most} pixels", param=where)
-                return opened.convert("RGB")
+                return as_seen(opened)
         except Refused:
             raise
         except Exception:  # decoders fail in many ways
