@@ -48,6 +48,15 @@ def _set_update(module: nn.Module, linear, rank, scale, dropout, key, switch) ->
     module.lora_b = mx.zeros((rank, outputs))
 
 
+def _update(module: nn.Module, x: mx.array) -> mx.array:
+    """scale B A x, in x's type: adapters are trained in float32, but a float32 copy of x would be kept for each linear.
+
+    The (T, rank) product is scaled, not the (T, outputs) one: element-wise work is what costs on CPU.
+    """
+    a, b = module.lora_a.astype(x.dtype), module.lora_b.astype(x.dtype)
+    return ((module.dropout(x) @ a) * module.scale) @ b
+
+
 class LoRALinear(VlmLoRALinear):
     """y = W x + b + scale B A x (arXiv 2106.09685), A = ``lora_a.T``, B = ``lora_b.T``.
 
@@ -89,9 +98,7 @@ class LoRALinear(VlmLoRALinear):
         y = self.linear(x)
         if not self.switch.enabled:
             return y
-        # scaling the (T, rank) product, not the (T, outputs) one: element-wise work is what costs on CPU
-        z = ((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b
-        return y + z.astype(x.dtype)
+        return y + _update(self, x)
 
 
 class DoRALinear(VlmDoRALinear):
@@ -149,6 +156,5 @@ class DoRALinear(VlmDoRALinear):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.switch.enabled:
             return self.linear(x)
-        z = ((self.dropout(x) @ self.lora_a) * self.scale) @ self.lora_b
-        out = (self.m / self._norm()).astype(x.dtype) * (self._product(x) + z.astype(x.dtype))
+        out = (self.m / self._norm()).astype(x.dtype) * (self._product(x) + _update(self, x))
         return out + self.linear.bias if "bias" in self.linear else out

@@ -15,6 +15,7 @@ from mpi_mlx.errors import ModelError
 from mpi_mlx.models import load_model
 from mpi_mlx.models.adapters import adapter_tensors, load_adapter, save_adapter
 from mpi_mlx.models.lora import attach_lora, lora_scale, resolve_targets, trainable_parameters
+from mpi_mlx.models.lora_layers import DoRALinear, LoRALinear
 
 
 def spec(**changes):
@@ -35,6 +36,34 @@ def conversation(seed=0):
             "content": [{"type": "image", "image": picture(seed)}, {"type": "text", "text": "how?"}],
         }
     ]
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_in_16_bits_the_update_is_16_bits_and_its_gradient_float32(kind):
+    """No float32 copy of the input; within a rounding or two of what float32 gives."""
+    linear = nn.Linear(64, 96)
+    linear.update(tree_map(lambda p: p.astype(mx.bfloat16), linear.parameters()))
+    layer = {"lora": LoRALinear, "dora": DoRALinear}[kind]
+    layer = layer(linear, 4, 2.0, 0.0, mx.random.key(0), SimpleNamespace(enabled=True))
+    layer.linear.freeze()
+    layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
+    x = mx.random.normal((8, 64), key=mx.random.key(2)).astype(mx.bfloat16)
+
+    def loss(x):
+        y = layer(x)
+        assert y.dtype == x.dtype
+        return (y.astype(mx.float32) ** 2).sum()
+
+    def gradients(x):
+        return dict(tree_flatten(nn.value_and_grad(layer, loss)(x)[1]))
+
+    rounded = gradients(x)
+    linear.update(tree_map(lambda p: p.astype(mx.float32), linear.parameters()))
+    exact = gradients(x.astype(mx.float32))
+    for name in ("lora_a", "lora_b"):
+        assert rounded[name].dtype == mx.float32
+        off = mx.linalg.norm(rounded[name] - exact[name]) / mx.linalg.norm(exact[name])
+        assert 0 < off.item() < 0.02
 
 
 def logits(model, encoded):
