@@ -11,8 +11,8 @@ from pathlib import Path
 from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN
 from mpi_mlx.data.dataset import Dataset, load_dataset, load_dataset_folder
 from mpi_mlx.data.examples import Example, load_examples
-from mpi_mlx.data.scenes import Scene
-from mpi_mlx.documents.images import ImageRef
+from mpi_mlx.data.scenes import scene_of
+from mpi_mlx.documents.images import ImageRef, pixels
 from mpi_mlx.errors import DataError
 
 
@@ -134,8 +134,9 @@ def _overlaps(splits: dict[str, Sequence[Example]]) -> list[str]:
 
 def _content(example: Example, cache: dict) -> str:
     """Equal for examples that ask the same: by scene where one is recorded, else by images and texts."""
-    if "scene" in example.meta:
-        return Scene.from_dict(example.meta["scene"]).key
+    scene = scene_of(example.meta)
+    if scene is not None:
+        return scene.key
     digest = hashlib.sha256()
     for message in example.messages:
         content = message["content"]
@@ -150,7 +151,7 @@ def _image_key(image: ImageRef, cache: dict) -> str:
     if hasattr(image, "key"):
         return image.key
     if not isinstance(image, (str, Path)):
-        return hashlib.sha256(image.tobytes()).hexdigest()
+        return hashlib.sha256(pixels(image)).hexdigest()
     if image not in cache:
         cache[image] = hashlib.sha256(Path(image).read_bytes()).hexdigest()
     return cache[image]

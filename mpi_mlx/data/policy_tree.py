@@ -85,6 +85,25 @@ class PolicyTree:
         )
 
 
+def tree_of(meta: dict) -> PolicyTree | None:
+    """The tree that the benchmark wrote into an example's ``meta``; None where ``tree`` is the user's own."""
+    raw = meta.get("tree")
+    if not isinstance(raw, dict) or raw.get("depth") not in range(1, 7):
+        return None
+    nothing = SceneArrays.of([])
+    try:
+        tree = PolicyTree.from_dict(raw)
+        for condition in tree.conditions:  # fails where it is none of ours
+            condition.holds(nothing)
+            condition.phrase  # noqa: B018
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None
+    sections = 2**tree.depth - 1
+    sizes = (len(tree.conditions), len(tree.names), len(tree.replies))
+    words = all(isinstance(word, str) for word in (*tree.names, *tree.replies))
+    return tree if sizes == (sections, sections, sections + 1) and words and tree.to_dict() == raw else None
+
+
 def random_tree(
     rng: np.random.Generator,
     depth: int,
@@ -234,5 +253,5 @@ def check_trace(reasoning: str | None, answer: str, tree: PolicyTree) -> float:
 
 
 __all__ = [
-    "Condition", "Filter", "PolicyTree", "check_trace", "document_text", "parse_description", "random_tree",
+    "Condition", "Filter", "PolicyTree", "check_trace", "document_text", "parse_description", "random_tree", "tree_of",
 ]

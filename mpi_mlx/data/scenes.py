@@ -80,6 +80,22 @@ class Scene:
         return ", ".join(f"{CELL_NAMES[o.cell]} {o.describe()}" for o in self.objects)
 
 
+def scene_of(meta: dict) -> Scene | None:
+    """The scene that the benchmark wrote into an example's ``meta``; None where ``scene`` is the user's own."""
+    raw = meta.get("scene")
+    objects = raw.get("objects") if isinstance(raw, dict) and len(raw) == 1 else None
+    if not isinstance(objects, list) or not objects or not all(_is_object(o) for o in objects):
+        return None
+    return Scene.from_dict(raw)
+
+
+def _is_object(raw) -> bool:
+    if not isinstance(raw, dict) or set(raw) != {*ATTRIBUTES, "x", "y"}:
+        return False
+    placed = all(type(raw[axis]) in (int, float) and 0 <= raw[axis] <= 1 for axis in ("x", "y"))
+    return placed and all(raw[name] in values for name, values in ATTRIBUTES.items())
+
+
 def in_reading_order(objects: Iterable[SceneObject]) -> tuple[SceneObject, ...]:
     return tuple(sorted(objects, key=lambda o: (o.cell, o.y, o.x)))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpi_mlx.data.completion import split_completion
 from mpi_mlx.data.examples import Example
+from mpi_mlx.data.policy_tree import tree_of
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation.metrics import majority_share, same_text, share, wilson_interval
@@ -187,7 +188,7 @@ def _row(
     consistent = [
         trace(p.completion, e) == 1.0
         for e, p in zip(examples, predictions, strict=True)
-        if reasoning and "tree" in e.meta
+        if reasoning and tree_of(e.meta) is not None
     ]
     row = {
         "model": label,

@@ -1,9 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from mpi_mlx.data import Dataset, Example, write_examples
 from mpi_mlx.data.check import check_dataset, read_source
+from mpi_mlx.data.policy_tree import random_tree, tree_of
+from mpi_mlx.data.scenes import scene_of
 from mpi_mlx.data.sheet import (
     TRAINED,
     Card,
@@ -61,6 +65,38 @@ def test_scenes_overlap_by_what_they_show():
     test = (example("b", "!", answer="x", meta={"scene": {"objects": [moved]}}),)
     report = check_dataset(Dataset(from_text("Rules."), train, test=test))
     assert "test: 1 of 1 examples are also in train (first 'b')" in report.warnings
+
+
+SHOWN = {"size": "small", "color": "red", "material": "metal", "shape": "cube", "x": 0.5, "y": 0.5}
+OWN_SCENES = [
+    "warehouse", 3, None, [], {}, {"objects": []}, {"objects": ["box"]}, {"objects": [SHOWN], "by": "me"},
+    {"objects": [SHOWN | {"color": "pink"}]}, {"objects": [SHOWN | {"x": "left"}]}, {"objects": [SHOWN | {"x": 7}]},
+    {"objects": [SHOWN | {"note": ""}]}, {"objects": [SHOWN | {"color": ["red"]}]},
+]
+
+
+@pytest.mark.parametrize("scene", OWN_SCENES)
+def test_a_scene_of_one_s_own_is_no_scene_of_the_benchmark(scene):
+    """Two cases of one warehouse are two cases."""
+    assert scene_of({"scene": scene}) is None
+    train = (example("a", "?", answer="x", meta={"scene": scene}),)
+    test = (example("b", "!", answer="x", meta={"scene": scene}),)
+    assert check_dataset(Dataset(from_text("Rules."), train, test=test)).warnings == (
+        "train: no example has reasoning; set reasoning: false in the sft stage",
+    )
+    assert scene_of({"scene": {"objects": [SHOWN]}}).objects[0].shape == "cube" and scene_of({}) is None
+
+
+def test_a_tree_of_one_s_own_is_no_tree_of_the_benchmark():
+    tree = random_tree(np.random.default_rng(0), 2, kinds=("exists", "count", "relation"))
+    raw = json.loads(json.dumps(tree.to_dict()))
+    assert tree_of({"tree": raw}) == tree and tree_of({}) is None
+    others = ["oak", 3, None, [], {}, {"depth": 2}, raw | {"by": "me"}, raw | {"depth": 3}, raw | {"depth": "2"}]
+    others += [raw | {"depth": 10**9}, raw | {"names": raw["names"][:2]}, raw | {"replies": [1, 2, 3, 4]}]
+    others += [raw | {"conditions": [c] * 3} for c in ("x", {}, {"kind": "exists", "first": {"age": "old"}})]
+    others += [raw | {"conditions": [{"kind": "exists", "first": {"color": "pink"}}] * 3}]
+    for other in others:
+        assert tree_of({"tree": other}) is None, other
 
 
 def test_sources(tmp_path):

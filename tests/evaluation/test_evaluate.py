@@ -92,6 +92,12 @@ def test_consistent_traces_of_the_benchmark(model, monkeypatch):
     assert row["trace_consistent"] == 0.5 and row["trace_match"] == 1.0 and row["accuracy"] == 0.5
 
 
+def test_meta_of_one_s_own_is_left_alone(model, monkeypatch):
+    answered(model, monkeypatch, ["<think>red</think>\nstop"])
+    row, _ = evaluate(model, [example("a", "stop", "red", meta={"tree": "oak"})], label="sft", spec=SPEC)
+    assert row["accuracy"] == 1.0 and row["trace_consistent"] is None
+
+
 def test_tool_calls_are_scored_beside_exact_match(model, monkeypatch):
     call = '{"name": "f", "arguments": {"a": 1}}'
     answered(model, monkeypatch, ['{"arguments": {"a": 1}, "name": "f"}'])
