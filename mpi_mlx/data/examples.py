@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mpi_mlx.data.completion import split_completion
+from mpi_mlx.data.json_text import half_character, kind, parse_json
+from mpi_mlx.data.tool_calls import calls_text, read_calls
 from mpi_mlx.documents.images import ImageRef, check_image
 from mpi_mlx.errors import DataError
 
@@ -120,20 +121,15 @@ class _Reader:
     def example(self, line: str, number: int) -> Example | None:
         self.number = number
         before = len(self.errors)
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            self.wrong("", f"not JSON ({error.msg} at column {error.colno}); one object must fill one line")
-            return None
-        if not isinstance(raw, dict):
-            self.wrong("", f"expected a JSON object, found {_kind(raw)}")
+        raw = self._object(line)
+        if raw is None:
             return None
         self._check_keys(raw)
         messages = self._messages(raw)
         reasoning = self._text(raw, "reasoning")
         answer = self._text(raw, "answer")
         if messages and messages[-1]["role"] == "assistant":
-            said_reasoning, said_answer = split_completion(self._said(messages.pop(), len(messages)))
+            said_reasoning, said_answer = split_completion(self._said(messages.pop()))
             reasoning = said_reasoning if reasoning is None else reasoning
             answer = said_answer if answer is None else answer
         if len(self.errors) == before:
@@ -144,6 +140,21 @@ class _Reader:
             return None
         source = f"{self.path}:{number}"
         return Example(identity, tuple(messages), reasoning, answer, tools, meta, source)
+
+    def _object(self, line: str) -> dict | None:
+        try:
+            raw = parse_json(line)
+        except DataError as error:
+            self.wrong("", f"{error}; one object must fill one line")
+            return None
+        if not isinstance(raw, dict):
+            self.wrong("", f"expected a JSON object, found {kind(raw)}")
+            return None
+        half = half_character(raw, line)
+        if half is not None:
+            self.wrong(*half)
+            return None
+        return raw
 
     def _check_keys(self, raw: dict) -> None:
         for key in raw:
@@ -159,28 +170,18 @@ class _Reader:
             if name in self.require and not value:
                 self.wrong(name, f"missing; give {name!r} or a final assistant turn that has one")
 
-    def _said(self, turn: dict, index: int) -> str:
+    def _said(self, turn: dict) -> str:
         """Text of a final assistant turn; its tool calls become text in the Hermes (Qwen) form."""
         content = turn["content"]
         text = content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
-        for call in turn.get("tool_calls") or []:
-            function = call.get("function", call) if isinstance(call, dict) else None
-            try:
-                arguments = function.get("arguments", {})
-                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-                said = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
-            except (AttributeError, KeyError, ValueError, TypeError):
-                self.wrong(f"messages[{index}].tool_calls", "expected objects with name and JSON arguments")
-                return text
-            text = f"{text}\n<tool_call>\n{said}\n</tool_call>".lstrip("\n")
-        return text
+        return "\n".join(part for part in (text, calls_text(turn.get("tool_calls") or [])) if part)
 
     def _identity(self, raw: dict) -> str:
         identity = raw.get("id", f"{self.path.stem}-{self.number}")
         if isinstance(identity, int) and not isinstance(identity, bool):
             identity = str(identity)
         if not isinstance(identity, str) or not identity:
-            self.wrong("id", f"expected a text, found {_kind(identity)}")
+            self.wrong("id", f"expected a text, found {kind(identity)}")
         elif identity in self.lines_of_ids:
             self.wrong("id", f"{identity!r} was used in line {self.lines_of_ids[identity]}; ids must differ")
         else:
@@ -190,7 +191,7 @@ class _Reader:
     def _text(self, raw: dict, name: str) -> str | None:
         value = raw.get(name)
         if value is not None and not isinstance(value, str):
-            self.wrong(name, f"expected a text, found {_kind(value)}")
+            self.wrong(name, f"expected a text, found {kind(value)}")
             return None
         return value
 
@@ -206,14 +207,14 @@ class _Reader:
     def _meta(self, raw: dict) -> dict:
         meta = raw.get("meta")
         if meta is not None and not isinstance(meta, dict):
-            self.wrong("meta", f"expected a JSON object, found {_kind(meta)}")
+            self.wrong("meta", f"expected a JSON object, found {kind(meta)}")
             return {}
         return meta or {}
 
     def _messages(self, raw: dict) -> list[dict]:
         value = raw.get("messages")
         if not isinstance(value, list) or not value:
-            found = "nothing" if "messages" not in raw else "an empty list" if value == [] else _kind(value)
+            found = "nothing" if "messages" not in raw else "an empty list" if value == [] else kind(value)
             self.wrong("messages", f"expected a list of chat turns, found {found}")
             return []
         loose = raw.get("images")
@@ -232,7 +233,7 @@ class _Reader:
 
     def _turn(self, turn: Any, where: str, loose: list[str]) -> dict | None:
         if not isinstance(turn, dict):
-            self.wrong(where, f"expected an object with role and content, found {_kind(turn)}")
+            self.wrong(where, f"expected an object with role and content, found {kind(turn)}")
             return None
         role, content = turn.get("role"), turn.get("content")
         if role not in ROLES:
@@ -246,18 +247,24 @@ class _Reader:
                 self.wrong(f"{where}.content", "is an empty list")
             content = [p for p in parts if p is not None]
         elif not isinstance(content, str):
-            found = "nothing" if content is None else _kind(content)
+            found = "nothing" if content is None else kind(content)
             self.wrong(f"{where}.content", f"expected a text or a list of parts, found {found}")
             return None
+        if role == "assistant" and turn.get("tool_calls"):
+            try:
+                turn = {**turn, "tool_calls": read_calls(turn["tool_calls"])}
+            except DataError as error:
+                self.wrong(f"{where}.tool_calls", str(error))
+                return None
         return {**turn, "content": content}
 
     def _part(self, part: Any, where: str, loose: list[str]) -> dict | None:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
+        named = part.get("type") if isinstance(part, dict) else None
+        if named == "text":
             if isinstance(part.get("text"), str):
                 return {"type": "text", "text": part["text"]}
             self.wrong(f"{where}.text", "expected a text")
-        elif kind in ("image", "image_url"):
+        elif named in ("image", "image_url"):
             target = part.get("image", part.get("path", part.get("url", part.get("image_url"))))
             if isinstance(target, dict):
                 target = target.get("url")
@@ -265,7 +272,7 @@ class _Reader:
                 target = loose.pop(0)
             return self._image(target, where)
         else:
-            self.wrong(where, f'expected {{"type": "text"}} or "image", found {_kind(part, kind)}')
+            self.wrong(where, f'expected {{"type": "text"}} or "image", found {kind(part, named)}')
         return None
 
     def _image(self, target: Any, where: str) -> dict | None:
@@ -283,10 +290,3 @@ class _Reader:
             self.wrong(f"{where}.image", self.checked[file])
             return None
         return {"type": "image", "image": str(file.resolve())}
-
-
-def _kind(value: Any, part_type: Any = None) -> str:
-    if part_type is not None:
-        return f"type {part_type!r}"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"{value!r}")

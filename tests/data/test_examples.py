@@ -72,6 +72,99 @@ def test_a_final_tool_call_becomes_text(tmp_path):
     assert example.answer == '<tool_call>\n{"name": "refund", "arguments": {"days": 3}}\n</tool_call>'
 
 
+def calling(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
+def test_arguments_of_earlier_calls_are_objects_however_they_are_written(tmp_path):
+    """OpenAI's API gives them as JSON text, which a template's ``tojson`` would write as JSON within JSON."""
+    function = {"name": "refund", "arguments": '{"days": 3}'}
+    whole = {"id": "call_1", "type": "function", "function": function}
+    given = [[whole], [function], [{"function": {"name": "refund", "arguments": {"days": 3}}}]]
+    tail = [{"role": "tool", "content": "done"}]
+    rows = [{"messages": [user(), calling(*calls), *tail]} for calls in given]
+    rows += [{"messages": [user(), calling({"name": "now", "arguments": a}), *tail]} for a in ("", None, {}, "{}")]
+    read = [e.messages[1]["tool_calls"] for e in load_examples(save(tmp_path / "a.jsonl", *rows))]
+    parsed = {"name": "refund", "arguments": {"days": 3}}
+    assert read[0] == [whole | {"function": parsed}]
+    assert read[1] == [{"type": "function", "function": parsed}] and read[2] == [{"function": parsed}]
+    assert read[3:] == [[{"type": "function", "function": {"name": "now", "arguments": {}}}]] * 4
+
+
+def test_arguments_in_json_text_are_rendered_once(tmp_path):
+    from mpi_mlx.models import load_model
+
+    model = load_model("embedded:tiny", init="random")
+    calls = [{"function": {"name": "f", "arguments": a}} for a in ('{"a": 1}', {"a": 1})]
+    rows = [{"messages": [user(), calling(call), {"role": "tool", "content": "1"}]} for call in calls]
+    texts = [model.decode(model.encode(e.messages).ids) for e in load_examples(save(tmp_path / "a.jsonl", *rows))]
+    assert texts[0] == texts[1] and "\\" not in texts[0]
+
+
+CALLS = r"a\.jsonl:2: messages\[1\]\.tool_calls: expected objects with name and JSON arguments"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"function": {"name": "f", "arguments": '{"a": '}},
+         r"; tool_calls\[0\]\.function\.arguments \(of 'f'\) is not JSON \(Expecting value at column 7\)$"),
+        ({"function": {"name": "f", "arguments": "[1]"}}, r"\.arguments \(of 'f'\) is no JSON object$"),
+        ({"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}, r"\.arguments \(of 'f'\) holds \\ud800, half"),
+        ({"function": {"name": "f", "arguments": "[" * 100_000}}, r"\(of 'f'\) is not JSON \(.*thousands of brackets"),
+        ({"name": "f", "arguments": 3}, r"; tool_calls\[0\]\.arguments \(of 'f'\) is no JSON object$"),
+        ({"function": {"arguments": {}}}, r"; tool_calls\[0\]\.function has no name$"),
+        ({"function": {"name": ""}}, r"; tool_calls\[0\]\.function has no name$"),
+        ({"function": "f"}, r"; tool_calls\[0\]\.function is none$"),
+        ("f", r"; tool_calls\[0\] is none$"),
+    ],
+)  # fmt: skip
+def test_an_earlier_call_that_cannot_be_read_is_one_clear_line(tmp_path, call, message):
+    row = {"messages": [user(), calling(call), {"role": "tool", "content": "1"}]}
+    for bad in (row, {"messages": row["messages"][:2]}):  # in the middle, and at the end
+        path = save(tmp_path / "a.jsonl", {"messages": [user()]}, bad)
+        with pytest.raises(DataError, match=f"{CALLS}.*{message}") as caught:
+            load_examples(path)
+        assert "\n" not in str(caught.value)
+    row["messages"][1]["tool_calls"] = {"name": "f"}
+    with pytest.raises(DataError, match=CALLS + " in a list$"):
+        load_examples(save(tmp_path / "a.jsonl", {"messages": [user()]}, row))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"messages": [{"role": "user", "content": "a\ud83d b"}]}',
+         r"messages\[0\]\.content: holds \\ud83d, half of a character, which is no text; write the whole one$"),
+        (r'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\uDC00"}]}]}',
+         r"messages\[0\]\.content\[0\]\.text: holds \\udc00"),
+        (r'{"messages": [{"role": "user", "content": ""}], "meta": {"a": ["\ud800"]}}', r"meta\.a\[0\]: holds \\ud800"),
+        (r'{"messages": [{"role": "user", "content": ""}], "meta": {"\ud800": 1}}', r"meta: holds \\ud800"),
+        (r'{"\ud800": 1}', r"a\.jsonl:1: holds \\ud800"),
+        ('{"meta": ' + "[" * 100_000, r"not JSON \(.*thousands of brackets\); one object must fill one line"),
+        ('{"meta": ' + "1" * 5000 + "}", r"not JSON \(a number of thousands of digits"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_one_clear_line(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(DataError, match=message) as caught:
+        load_examples(tmp_path / "a.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.jsonl'}:1: ") and "\n" not in str(caught.value)
+
+
+def test_whole_characters_by_two_escapes_and_backslashes_are_text(tmp_path):
+    line = r'{"messages": [{"role": "user", "content": "\ud83d\ude00 \\ud800"}]}'
+    [example] = load_examples(save(tmp_path / "a.jsonl", line))
+    assert example.query == "\U0001f600 \\ud800"
+
+
+def test_a_picture_in_base64_is_one_clear_line(tmp_path):
+    text = "iVBORw0KGgo" * 500
+    with pytest.raises(DataError, match=r"a\.jsonl:1: messages\[0\]\.content\[0\]\.image: .* it is base64") as caught:
+        load_examples(save(tmp_path / "a.jsonl", image(text)))
+    assert len(str(caught.value)) < 600
+
+
 def image(path):
     return {"messages": [user([{"type": "image", "image": path}])]}
 
