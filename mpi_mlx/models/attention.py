@@ -16,13 +16,17 @@ import mlx.nn as nn
 
 from mpi_mlx import elementwise
 from mpi_mlx.errors import ModelError
+from mpi_mlx.runtime import on_cpu
 
 MASKED = -1e9
-_CAUSAL_BLOCK = 128  # queries a block: keys after the block are never looked at
+_CAUSAL_BLOCK, _CAUSAL_BLOCK_GPU = 128, 512  # queries a block: keys after the block are never looked at
 KEEP_BYTES = 16 * 2**20
 """Scores of one call up to this size are kept for the backward pass; larger ones are computed again."""
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES, _BLOCK_BYTES_GPU = 32 * 2**20, 256 * 2**20
 """Scores that are alive at once: longer queries are taken in blocks."""
+LARGE_BYTES = 256 * 2**20
+"""Float32 scores of one call from which training does not leave attention to MLX. Where gradients are traced, that
+makes all scores at once on GPUs, and several arrays of their size: 11 GB a layer at 10,000 tokens and 16 heads."""
 
 Part = tuple[mx.array, mx.array]
 
@@ -46,8 +50,9 @@ def attention_over_parts(
     score_bytes = 4 * rows * heads * length * sum(keys.shape[2] for keys, _ in parts)
     if keep is None:
         keep = score_bytes <= KEEP_BYTES
-    if score_bytes > _BLOCK_BYTES and length > 1:
-        step = max(1, length * _BLOCK_BYTES // score_bytes)
+    most = _BLOCK_BYTES if on_cpu() else _BLOCK_BYTES_GPU
+    if score_bytes > most and length > 1:
+        step = max(1, length * most // score_bytes)
         blocks = [slice(start, start + step) for start in range(0, length, step)]
         options = dict(keep=keep, gradient=gradient)
         return mx.concatenate(
@@ -161,8 +166,9 @@ def causal_attention(
     keep, outputs = 2 * rows * heads * length * keys.shape[2] <= KEEP_BYTES, []
     if known < 0:
         raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
-    for start in range(0, length, _CAUSAL_BLOCK):
-        stop = min(start + _CAUSAL_BLOCK, length)
+    block = _CAUSAL_BLOCK if on_cpu() else _CAUSAL_BLOCK_GPU
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         own, before = slice(known + start, known + stop), slice(0, known + start)
         position = mx.arange(stop - start)
         bias = mx.where(position[:, None] >= position, 0.0, MASKED)[None, None]
@@ -203,8 +209,9 @@ def route_attention(net: nn.Module) -> None:
     """Route the attention (and, where exp is slow, the SwiGLU) of a net's layers through this project's.
 
     `scaled_dot_product_attention` and `swiglu` are replaced in the modules that define the layers. Attention
-    goes to `cache.attend` where the cache has one; where MLX's own would take exponentials one by one, plain
-    float32 attention is computed here as well. Everything else is what it was. Idempotent.
+    goes to `cache.attend` where the cache has one; where MLX's own would take exponentials one by one, or training
+    would keep more scores than `LARGE_BYTES`, plain attention is computed here as well. Everything else is what it
+    was. Idempotent.
     """
     for name in {type(m).__module__ for m in net.modules()}:
         module = sys.modules.get(name)
@@ -215,16 +222,22 @@ def route_attention(net: nn.Module) -> None:
                 getattr(module, function).routed = True
 
 
+def _is_large(queries: mx.array, keys: mx.array) -> bool:
+    rows, heads, length, _ = queries.shape
+    return 4 * rows * heads * length * keys.shape[2] > LARGE_BYTES
+
+
 def _routed(original: Callable) -> Callable:
     @wraps(original)
     def attention(queries, keys, values, cache=None, scale=1.0, mask=None, **options):
         attend = getattr(cache, "attend", None)
-        if attend is not None and (not hasattr(cache, "plain") or elementwise.is_slow(queries)):
+        here = elementwise.is_slow(queries) or (getattr(cache, "gradient", False) and _is_large(queries, keys))
+        if attend is not None and (not hasattr(cache, "plain") or here):
             if options.get("sinks") is not None:
                 raise ModelError("attention sinks and shared prefixes do not go together; take another base")
             return attend(queries, keys, values, scale, mask)
         own = cache is None or hasattr(cache, "plain")
-        if own and not any(v is not None for v in options.values()) and elementwise.is_slow(queries):
+        if own and not any(v is not None for v in options.values()) and here:
             if isinstance(mask, str) and queries.shape[2] == keys.shape[2]:
                 return causal_attention(queries, keys, values, scale)
             if mask is None or (isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == 1):

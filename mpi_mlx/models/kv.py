@@ -1,10 +1,10 @@
 """Attention masks and keys/values, as cache objects for the model definitions of mlx-vlm and mlx-lm.
 
 A model asks its cache three things: `make_mask` (which keys may be seen), `offset` (where rotary positions
-begin, for text models) and `update_and_fetch` (the keys to attend to). Four answers live here:
+begin, for text models) and `update_and_fetch` (the keys to attend to). The answers live here:
 
 - `PackedMask`: several sequences in one row, block-diagonal and causal; stores nothing.
-- `RecordingCache`: plain causal, keeps the keys and values; gradients flow through them.
+- `CausalMask`: plain causal; stores nothing. `RecordingCache`: keeps the keys and values; gradients flow through them.
 - `SharedPrefixCache`: rows that continue stored prefixes, many rows a prefix, without copying it to the rows.
 - `DecodeCache`: the same, one token at a time, into buffers that grow; rows can be dropped.
 
@@ -35,7 +35,7 @@ class PackedMask:
     """
 
     offset = 0
-    plain = True  # attention is the model's own, or what stands in for it
+    plain = gradient = True  # attention is the model's own, or what stands in for it; it is trained through
 
     def __init__(self, segments: np.ndarray):
         self._segments = mx.array(segments)
@@ -72,13 +72,17 @@ def _runs(segments: np.ndarray) -> list[tuple[int, int]]:
     return [(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if segments[a]]
 
 
-class RecordingCache:
-    """Plain causal attention over one forward; keeps `keys` and `values` (B, H, T, D), gradients and all."""
+class CausalMask:
+    """Plain causal attention over one forward. Stores nothing: one serves every layer.
+
+    `gradient`: whether it is trained through, so that long sequences must not keep all their scores.
+    """
 
     offset = 0
     plain = True  # attention is the model's own, or what stands in for it
-    keys: mx.array | None = None
-    values: mx.array | None = None
+
+    def __init__(self, gradient: bool = True):
+        self.gradient = gradient
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None):
         if window_size is None or window_size >= length:
@@ -87,6 +91,16 @@ class RecordingCache:
             window_size = length
         position = mx.arange(length)
         return (position[:, None] >= position) & (position[:, None] < position + window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+class RecordingCache(CausalMask):
+    """A `CausalMask` that keeps `keys` and `values` (B, H, T, D), gradients and all."""
+
+    keys: mx.array | None = None
+    values: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = keys, values
@@ -307,8 +321,8 @@ class DecodeCache(SharedPrefixCache):
         return other
 
 
-def recording_caches(num_layers: int) -> list[RecordingCache]:
-    return [RecordingCache() for _ in range(num_layers)]
+def recording_caches(num_layers: int, gradient: bool = True) -> list[RecordingCache]:
+    return [RecordingCache(gradient) for _ in range(num_layers)]
 
 
 def shared_prefix_caches(blocks: Sequence[Block]) -> list[SharedPrefixCache]:
@@ -330,6 +344,6 @@ def compact(caches: Sequence[DecodeCache], blocks: Sequence[Block], rows: np.nda
 
 
 __all__ = [
-    "Block", "DecodeCache", "Layout", "PackedMask", "Prefix", "RecordingCache", "SharedPrefixCache",
+    "Block", "CausalMask", "DecodeCache", "Layout", "PackedMask", "Prefix", "RecordingCache", "SharedPrefixCache",
     "compact", "decode_caches", "recording_caches", "route_attention", "shared_prefix_caches",
 ]  # fmt: skip

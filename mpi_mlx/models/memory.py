@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mlx.utils import tree_flatten
 
 from mpi_mlx import runtime
-from mpi_mlx.models.attention import KEEP_BYTES
+from mpi_mlx.models.attention import KEEP_BYTES, LARGE_BYTES
 from mpi_mlx.models.base import Model
 
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "muon": 1, "sgd": 0}
@@ -23,6 +23,11 @@ def count_parameters(model: Model) -> tuple[int, int]:
                 total += value.size * 32 // bits if bits and name == "weight" else value.size
     trainable = sum(value.size for _, value in tree_flatten(model.net.trainable_parameters()))
     return total, trainable
+
+
+def _own(scores: int) -> int:
+    """Bytes that MLX's own attention keeps on GPUs for `scores` bytes of float32 scores: four arrays of 16 bits."""
+    return 2 * scores if scores <= LARGE_BYTES else 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,13 @@ def memory_estimate(
     own = tokens - shared
     places = groups * shared + rows * own
     per_token = (10 * hidden + 5 * inner) * size  # what one layer keeps for its backward pass
-    scores = 4 * rows * heads * own * tokens
-    if shared or runtime.on_cpu():  # attention in parts: larger ones are taken again in the backward pass
-        scores = scores if scores <= KEEP_BYTES else 0
+    scores, beginnings = 4 * rows * heads * own * tokens, 4 * groups * heads * shared * shared
+    # attention in parts: larger ones are taken again in the backward pass
+    in_parts = scores if scores <= KEEP_BYTES else 0
+    if runtime.on_cpu():
+        scores = in_parts
     else:
-        scores *= 2
+        scores = (in_parts if shared else _own(scores)) + _own(beginnings)
     layer = places * per_token + scores
     # the layer that is computed again holds its second forward and its gradients at once
     again = layers * places * hidden * size + 2 * layer

@@ -23,7 +23,7 @@ def prefill_shared(model, encoded, length: int) -> Prefix | None:
     """Keys and values of the first `length` tokens, a prefix of one sequence; None for length 0."""
     if not length:
         return None
-    caches = recording_caches(model.num_layers)
+    caches = recording_caches(model.num_layers, gradient=False)
     embeds, positions, lengths = embed_pieces(model, [Piece(encoded, 0, length)])
     hidden = model.hidden(embeds, positions, caches)
     prefix = Prefix.of(caches, lengths)
@@ -40,7 +40,7 @@ def prefill(model, prompts: Sequence, shared: Prefix | None = None) -> Prefilled
         pieces = [Piece(prompts[order[i]], start, len(prompts[order[i]])) for i in batch]
         embeds, positions, lengths = embed_pieces(model, pieces)
         if shared is None:
-            caches = recording_caches(model.num_layers)
+            caches = recording_caches(model.num_layers, gradient=False)
         else:
             caches = shared_prefix_caches([Block(len(pieces), (shared,))])
         states = model.hidden(embeds, positions, caches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -46,7 +45,14 @@ class RolloutObjective:
 
     def __init__(self, model, spec):
         self.model, self.spec = model, spec
-        self.supervised: Callable = SupervisedObjective(model)
+        self.supervised = SupervisedObjective(model)
+
+    def prepare(self, micro: RolloutMicro | LabelledMicro) -> None:
+        if isinstance(micro, LabelledMicro):
+            return self.supervised.prepare(micro.batch)
+        for group in micro.groups:
+            if group.prompt.images:
+                self.model.features(group.prompt.images)
 
     def __call__(self, micro: RolloutMicro | LabelledMicro) -> tuple[mx.array, dict]:
         if isinstance(micro, LabelledMicro):

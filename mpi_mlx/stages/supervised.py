@@ -21,7 +21,7 @@ from mpi_mlx.stages.survey import Findings, Survey
 from mpi_mlx.training import world
 from mpi_mlx.training.batch import MicroBatch, Row, check_length, loss_weights, micro_batch
 from mpi_mlx.training.fit import Batch
-from mpi_mlx.training.forward import micro_logprobs
+from mpi_mlx.training.forward import encode_images, micro_logprobs
 from mpi_mlx.training.losses import sft_loss
 
 ROW_CACHE_BYTES = 512 << 20
@@ -204,6 +204,10 @@ class SupervisedObjective:
 
     def __init__(self, model):
         self.model = model
+
+    def prepare(self, micro: MicroBatch | RehearsalMicro) -> None:
+        if not isinstance(micro, RehearsalMicro):
+            encode_images(self.model, micro)
 
     def __call__(self, micro: MicroBatch | RehearsalMicro) -> tuple[mx.array, dict]:
         if isinstance(micro, RehearsalMicro):

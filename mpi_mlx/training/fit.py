@@ -51,7 +51,10 @@ class Source(Protocol):
 
 
 class Objective(Protocol):
-    """(micro-batch) -> summed loss (scalar array) and metrics, each an array pair (sum, weight)."""
+    """(micro-batch) -> summed loss (scalar array) and metrics, each an array pair (sum, weight).
+
+    ``prepare(micro)``, where there is one, is called before, outside of the gradient's trace.
+    """
 
     def __call__(self, micro: Any) -> tuple[mx.array, dict[str, tuple[mx.array, mx.array]]]: ...
 
@@ -100,7 +103,9 @@ def _update(module, batch: Batch, objective, spec, optimizer, rate: float, step:
     """One optimizer update on all of ``batch``; returns the loss, the gradient's norm and the metrics."""
     value_and_grad = nn.value_and_grad(module, objective)
     gradients, total, sums = None, 0.0, {}
+    prepare = getattr(objective, "prepare", lambda micro: None)
     for micro in batch.micros:
+        prepare(micro)
         (loss, extra), grads = value_and_grad(micro)
         gradients = grads if gradients is None else tree_map(mx.add, gradients, grads)
         mx.eval(gradients, loss, extra)

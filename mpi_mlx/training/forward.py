@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.models.kv import Block as RowBlock
-from mpi_mlx.models.kv import PackedMask, Prefix, recording_caches, shared_prefix_caches
+from mpi_mlx.models.kv import CausalMask, PackedMask, Prefix, recording_caches, shared_prefix_caches
 from mpi_mlx.training.batch import Block, MicroBatch
 from mpi_mlx.training.losses import token_logprobs
 from mpi_mlx.training.packing import PackedBlock
@@ -16,6 +16,14 @@ def _embedded(model, block: Block, features: mx.array | None) -> mx.array:
     if features is None and block.images:
         features = mx.concatenate(model.features(block.images))
     return model.embed(block.ids, features)
+
+
+def encode_images(model, micro: MicroBatch) -> None:
+    """Puts the micro-batch's visual features into the model's cache: under a gradient's trace MLX would take the
+    frozen tower's attention in the form that keeps every score."""
+    for block in (micro.prefix, micro.tails):
+        if block is not None and block.images:
+            model.features(block.images)
 
 
 def hidden_states(
@@ -29,9 +37,8 @@ def hidden_states(
     tails = micro.tails
     embeds, positions = _embedded(model, tails, features[1]), _axes(model, tails.position_ids)
     if micro.prefix is None:
-        packed = isinstance(tails, PackedBlock)
-        cache = [PackedMask(tails.segments)] * model.num_layers if packed else None
-        return None, model.hidden(embeds, positions, cache)
+        mask = PackedMask(tails.segments) if isinstance(tails, PackedBlock) else CausalMask()
+        return None, model.hidden(embeds, positions, [mask] * model.num_layers)
     prefix = micro.prefix
     recorded = recording_caches(model.num_layers)
     before = model.hidden(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpi_mlx import elementwise
-from mpi_mlx.models import attention
+from mpi_mlx.models import attention, kv
 from mpi_mlx.models.building import build_net
 
 LLAMA = dict(
@@ -118,3 +118,23 @@ def test_routed_plain_attention_and_swiglu_change_nothing(monkeypatch, mask):
             arguments,
         )
         compare(module.swiglu, originals["swiglu"], arrays((3, 5), (3, 5)))
+
+
+@pytest.mark.parametrize("gradient, blocks", [(True, True), (False, False)])
+def test_training_takes_long_sequences_in_blocks_where_mlx_would_keep_all_scores(monkeypatch, gradient, blocks):
+    """In 16 bits, which are not slow here: as on a GPU. Without gradient MLX's fused kernel is the better one."""
+    asked = []
+
+    def original(queries, keys, values, cache=None, scale=1.0, mask=None):
+        asked.append(mask)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+    mx.random.seed(0)
+    q, k, v = (mx.random.normal((2, h, 300, 16)).astype(mx.bfloat16) for h in (4, 2, 2))
+    routed, cache = attention._routed(original), kv.CausalMask(gradient)
+    few = routed(q, k, v, cache, scale=0.25, mask=cache.make_mask(300))
+    assert asked == ["causal"]
+    monkeypatch.setattr(attention, "LARGE_BYTES", 4 * 2 * 4 * 300 * 300 - 1)
+    long = routed(q, k, v, cache, scale=0.25, mask=cache.make_mask(300))
+    assert (len(asked) == 1) == blocks
+    assert mx.abs(long.astype(mx.float32) - few.astype(mx.float32)).max().item() < 0.03

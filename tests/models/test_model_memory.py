@@ -9,7 +9,7 @@ import pytest
 from checkpoints import write_qwen2_5_vl
 from mlx.utils import tree_flatten, tree_map
 
-from mpi_mlx.models import load_model
+from mpi_mlx.models import load_model, memory
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing, gradient_checkpointing
 from mpi_mlx.models.kv import Block, Prefix, recording_caches, route_attention, shared_prefix_caches
 from mpi_mlx.models.lora import attach_lora
@@ -176,3 +176,15 @@ def test_what_rows_share_is_counted_once_a_group(adapted):
     assert estimate.logits == 3 * 448 * adapted.vocab_size * 4
     long = memory_estimate(adapted, rows=8, tokens=4096, shared=96)  # scores over 16 MiB are not kept
     assert long.activations == 3 * (96 + 8 * 4000) * layer
+
+
+def test_on_a_gpu_the_documents_scores_count_until_training_takes_them_in_blocks(adapted, monkeypatch):
+    monkeypatch.setattr(memory.runtime, "on_cpu", lambda: False)
+    layer = (10 * 64 + 5 * 96) * 4
+    estimate = memory_estimate(adapted, rows=8, tokens=128, shared=96, groups=2)
+    scores = 4 * 8 * 4 * 32 * 128 + 2 * 4 * 2 * 4 * 96 * 96  # in parts; MLX's own, four arrays of 16 bits
+    assert estimate.activations == 3 * ((2 * 96 + 8 * 32) * layer + scores)
+    whole = memory_estimate(adapted, rows=1, tokens=2000)  # 64 MB of scores: MLX's own
+    assert whole.activations == 3 * (2000 * layer + 2 * 4 * 4 * 2000 * 2000)
+    long = memory_estimate(adapted, rows=1, tokens=8000)  # a gigabyte: in blocks
+    assert long.activations == 3 * 8000 * layer
