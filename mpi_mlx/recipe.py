@@ -34,10 +34,14 @@ __all__ = [
     "PretrainStage", "Recipe", "RlStage", "SftStage", "load_recipe", "parse_recipe", "shipped_recipes",
 ]  # fmt: skip
 USUAL = "recipe"  # a file of this name is called by its folder's
+OF_A_RUN = ("environment.json", "progress.json")  # what a run's folder has beside its recipe.yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> Recipe:
     """The recipe at ``path`` (a file, a folder with a recipe.yaml, or a shipped recipe's name), resolved.
+
+    A run's own recipe (its folder, or the recipe.yaml there) has that folder as its output, from wherever it is
+    named and wherever the run was begun.
 
     Args:
         overrides: ``stages.1.steps=50`` or ``stages.sft.steps=50``, values as YAML. ``steps`` replaces a
@@ -61,6 +65,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | P
     document = read_document(text, str(_shown(file, path)), overrides)
     if output is not None:
         document.raw["output"] = str(output)
+    elif _is_of_a_run(file) and not any(change.partition("=")[0].strip() == "output" for change in overrides):
+        document.raw["output"] = str(file.parent)
     document.raw.setdefault("output", f"runs/{name}")
     recipe = _validate(document, file.absolute().parent)
     words = ["mpi-mlx", "train", str(path), *(word for change in overrides for word in ("--set", change))]
@@ -120,6 +126,11 @@ def _find(path: str) -> tuple[Path, str]:
         raise RecipeError(f"{path}: no {USUAL}.yaml in this folder")
     hint = f'did you mean "{near[0]}"?' if near else f"shipped recipes: {', '.join(shipped) or 'none'}"
     raise RecipeError(f"{path}: no such recipe; {hint}")
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Whether a run wrote it: no folder of one's own recipe holds the files that stand beside it."""
+    return file.name == f"{USUAL}.yaml" and any((file.parent / name).is_file() for name in OF_A_RUN)
 
 
 def _name(relative: Path) -> str:

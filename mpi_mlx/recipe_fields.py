@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +39,8 @@ def _not_bool(value):
 def _from_folder(value: str, info: ValidationInfo) -> str:
     """Absolute, from the recipe's folder; as it is where no folder is known."""
     folder = (info.context or {}).get("folder")
-    path = Path(value).expanduser()
-    return str(path) if folder is None else str(Path(folder, path).absolute())
+    path = os.path.expanduser(value)  # Path's raises where there is no such user
+    return path if folder is None else str(Path(folder, path).absolute())
 
 
 def _function_from_folder(value: str, info: ValidationInfo) -> str:

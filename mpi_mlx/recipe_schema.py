@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +31,7 @@ class ModelSpec(Spec):
     def _folder(cls, base: str, info: ValidationInfo) -> str:
         """Absolute, where it is a folder beside the recipe."""
         folder = (info.context or {}).get("folder")
-        path = None if folder is None else Path(folder, base).expanduser().absolute()
+        path = None if folder is None else Path(folder, os.path.expanduser(base)).absolute()
         return str(path) if path is not None and path.is_dir() else base
 
     @model_validator(mode="before")
@@ -136,6 +137,11 @@ class Recipe(Spec):
     output: Str = Field("runs/recipe", min_length=1, description="The run's folder. Default: runs/NAME.")
     seed: Int = Field(0, ge=0, description="Of everything drawn while training.")
     processes: Int = Field(1, ge=1, description="Data-parallel processes on this machine; 1: none.")
+
+    @field_validator("output")
+    @classmethod
+    def _at_home(cls, output: str) -> str:
+        return os.path.expanduser(output)
 
     # Where it came from: known to load_recipe, no part of the recipe.
     _folder: Path = PrivateAttr(default_factory=Path)

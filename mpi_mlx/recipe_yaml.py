@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,10 +179,11 @@ def _from_here(path: Keys, value: Any) -> Any:
     if isinstance(value, list):
         return [_from_here((*path, i), inner) for i, inner in enumerate(value)]
     file = path[:1] == ("data",) and path[-1] in FILES
-    if path in (("model",), ("model", "base")) and isinstance(value, str) and Path(value).is_dir():
-        return str(Path(value).absolute())
+    if path in (("model",), ("model", "base")) and isinstance(value, str):
+        place = Path(os.path.expanduser(value))
+        return str(place.absolute()) if place.is_dir() else value
     if isinstance(value, str) and (file or path[-1] == "function"):
-        return str(Path(value).expanduser().absolute())
+        return str(Path(os.path.expanduser(value)).absolute())
     return value
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mpi_mlx.atomic import atomic_write, write_json_atomic
+import yaml
+
+from mpi_mlx.atomic import atomic_write, write_json_atomic, write_text_atomic
 from mpi_mlx.errors import CheckpointError
+from mpi_mlx.recipe_changes import recipe_changes, refused, told
 from mpi_mlx.training import world
+from mpi_mlx.training.checkpoint import checkpoints
+from mpi_mlx.training.inputs import changed, input_hashes
+from mpi_mlx.training.lock import FolderLock
 
 PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
 
@@ -19,38 +26,110 @@ PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
 class RunFolder:
     """``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``progress.json``, ``stages/``, ``adapter/`` ...
 
-    ``document``: whose name and hash the environment records; the files may have changed when they are read.
+    Nothing is written before :meth:`begin`; a folder with a run is locked at once, as it will be written to.
+
+    Attributes:
+        goes_on: whether it holds the run already.
+        changes: what the recipe changes in the run so far, without changing a number of it.
 
     Raises:
         CheckpointError: the folder holds another recipe's run, or a run and ``resume`` is off, or none and
-            ``resume`` is on.
+            ``resume`` is on; or another process trains in it.
     """
 
-    def __init__(self, path: Path, recipe, *, resume: bool, writes: bool = True, document=None):
-        self.path, self.writes = path, writes
-        recipe_file = path / "recipe.yaml"
-        text = recipe.to_yaml()
-        if recipe_file.exists():
-            if recipe_file.read_text(encoding="utf-8") != text:
-                raise CheckpointError(
-                    f"{path} holds the run of another recipe; choose another --output, or delete that folder"
-                )
-            if not resume:
-                raise CheckpointError(f"{path} already holds this run; add --resume, or choose another --output")
-        elif path.exists() and any(path.iterdir()):
-            raise CheckpointError(f"{path} is not empty and holds no run; choose another --output")
+    def __init__(self, path: Path, recipe, *, resume: bool, writes: bool = True):
+        self.path, self.recipe, self.writes = path, recipe, writes
         self.progress: dict = {"stages": {}, "evaluated": []}
-        if resume and (path / "progress.json").exists():
-            self.progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        world.barrier()  # every process has looked before one writes
+        self.changes: dict = {}
+        self._lock: FolderLock | None = None
+        self.goes_on = self._recipe_file.exists()
+        if not self.goes_on:
+            if resume:
+                raise CheckpointError(
+                    f"{path.absolute()} holds no run to go on with; give the run's folder "
+                    "(mpi-mlx train RUN --resume) or its --output, or begin one without --resume"
+                )
+            if path.exists() and any(path.iterdir()):
+                raise CheckpointError(f"{path} is not empty and holds no run; choose another --output")
+            return
         if writes:
-            path.mkdir(parents=True, exist_ok=True)
-            with atomic_write(recipe_file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            facts = environment()
-            if document is not None:
-                facts["document"] = {"name": document.name, "sha256": document.sha256}
-            write_json_atomic(path / "environment.json", facts)
+            self._lock = FolderLock(path)
+        try:
+            self._go_on(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _go_on(self, resume: bool) -> None:
+        if (self.path / "progress.json").exists():
+            self.progress = json.loads((self.path / "progress.json").read_text(encoding="utf-8"))
+        text = self._recipe_file.read_text(encoding="utf-8")
+        self.changes = recipe_changes(text, self.recipe, str(self._recipe_file))
+        wrong = refused(self.changes, self._stage_begun)
+        if wrong:
+            raise CheckpointError(
+                f"{self.path} holds the run of another recipe: here {told(wrong)}; go on with its own "
+                f"(mpi-mlx train {shlex.quote(str(self.path))} --resume), or choose another --output"
+            )
+        if not resume:
+            raise CheckpointError(f"{self.path} already holds this run; add --resume, or choose another --output")
+        if self._lock is not None:
+            self._lock.sign()
+
+    def begin(self, dataset=None) -> None:
+        """Writes what the run is made of, or looks whether that is as it was when the run began.
+
+        Raises:
+            CheckpointError: a file that the run reads has changed since, or another process began meanwhile.
+        """
+        world.barrier()  # every process has looked before one writes
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = FolderLock(self.path)
+            if self._recipe_file.exists():
+                raise CheckpointError(f"{self.path} already holds a run by now; choose another --output")
+            self._lock.sign()
+        facts = self._facts(dataset)
+        if not self.goes_on or self.changes:
+            recipe = self.recipe
+            if self.goes_on:  # under the name that it was begun with
+                named = yaml.safe_load(self._recipe_file.read_text(encoding="utf-8")).get("output", recipe.output)
+                recipe = recipe.model_copy(update={"output": named})
+            write_text_atomic(self._recipe_file, recipe.to_yaml())
+        write_json_atomic(self.path / "environment.json", facts)
+
+    def _facts(self, dataset) -> dict:
+        """The environment of now, and the inputs of the run's beginning (of now, where it recorded none)."""
+        place = self.path / "environment.json"
+        before = json.loads(place.read_text(encoding="utf-8")) if self.goes_on and place.exists() else {}
+        known, now = before.get("inputs", {}), input_hashes(self.recipe, dataset)
+        different = changed(known, now)
+        if different:
+            raise CheckpointError(
+                f"{' and '.join(different)}: changed since the run in {self.path} began; put back what it was, "
+                "or train anew into another --output"
+            )
+        facts = environment()
+        document = None if dataset is None else dataset.document
+        if document is not None:
+            facts["document"] = {"name": document.name, "sha256": document.sha256}
+        return facts | {"inputs": now | known}
+
+    def close(self) -> None:
+        """Lets other processes train here."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def _recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    def _stage_begun(self, index: int) -> bool:
+        """Whether anything of it would be kept."""
+        name = self.recipe.stages[index].stage
+        return self.stage_done(index) or bool(checkpoints(self.stage(index, name) / "checkpoints"))
 
     def stage(self, index: int, name: str) -> Path:
         """``stages/1-cpt`` for index 0."""

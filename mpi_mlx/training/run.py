@@ -17,6 +17,7 @@ from mpi_mlx.models.adapters import load_adapter, save_adapter
 from mpi_mlx.models.full import restore_model, save_model
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.models.memory import count_parameters
+from mpi_mlx.recipe_changes import told
 from mpi_mlx.stages.build import build_stage, stage_seed, validation
 from mpi_mlx.training import checkpoint as ckpt
 from mpi_mlx.training import world
@@ -64,17 +65,18 @@ class _Run:
         self.recipe, self.resume = recipe, resume
         self.began, self.seconds_before = time.perf_counter(), 0.0
         self.stopped = False  # by request; the same in every process
-        goes_on = resume and (Path(recipe.output) / "recipe.yaml").exists()
-        ready = prepare(recipe, survey=not goes_on)
-        self.dataset, self.model, self.stages = ready.dataset, ready.model, ready.stages
         self.whole = trains_whole_model(recipe)
-        # The folder comes last: nothing is written for a recipe that cannot run.
-        document = self.dataset.document if self.dataset is not None else None
-        self.folder = RunFolder(
-            Path(recipe.output), recipe, resume=resume, writes=world.is_main(), document=document
-        )
-        self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
-        self.recorders = Recorders(recipe, self.folder.path) if world.is_main() else None
+        self.folder = RunFolder(Path(recipe.output), recipe, resume=resume, writes=world.is_main())
+        self.recorders = None
+        try:
+            ready = prepare(recipe, survey=not self.folder.goes_on or bool(self.folder.changes))
+            self.dataset, self.model, self.stages = ready.dataset, ready.model, ready.stages
+            self.folder.begin(self.dataset)  # last: nothing is written for a recipe that cannot run
+            self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
+            self.recorders = Recorders(recipe, self.folder.path) if world.is_main() else None
+        except BaseException:
+            self.close()
+            raise
 
     # ---- the whole
 
@@ -83,6 +85,8 @@ class _Run:
         total, trainable = count_parameters(self.model)
         stages = tuple((i, s.stage, self.stages[i].steps) for i, s in enumerate(recipe.stages))
         yield RunStarted(recipe.name, recipe.output, total, trainable, stages, runtime.device_summary())
+        if self.folder.changes:
+            yield Message(f"goes on with a changed recipe: {told(self.folder.changes)}")
         for spec, prepared in zip(recipe.stages, self.stages, strict=True):
             for what, found in (("prompts", prepared.prompts), ("labelled rows", prepared.labelled)):
                 if found is not None:
@@ -108,6 +112,7 @@ class _Run:
     def close(self) -> None:
         if self.recorders:
             self.recorders.close()
+        self.folder.close()
 
     def _finish(self) -> Iterator[object]:
         rows, report = (), None
