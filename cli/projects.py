@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -68,7 +69,7 @@ def init_command(
         copy_whole(Path(folder), target)
     typer.echo(f"{target}: " + ", ".join(sorted(p.name for p in target.iterdir())))
     recipe = next(iter(sorted(target.glob("*.yaml"))), target)
-    typer.echo(f"next: read {target / 'README.md'}, then mpi-mlx train {recipe}")
+    typer.echo(f"next: read {target / 'README.md'}, then mpi-mlx train {shlex.quote(str(recipe))}")
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from mpi_mlx_cli.state import clock
@@ -81,7 +82,7 @@ def show_end(console: Console, finished) -> None:
         places.add_row("figures", f"{finished.output}/figures")
     kind = "model" if Path(finished.output, "model").is_dir() else "adapter"
     places.add_row(kind, f"{finished.output}/{kind}")
-    places.add_row("next", Text(f"mpi-mlx chat {finished.output}", "bold"))
+    places.add_row("next", Text(f"mpi-mlx chat {shlex.quote(finished.output)}", "bold"))
     console.print(places, soft_wrap=True)
     console.print(Text(f"done in {clock(finished.seconds)}", "dim"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,8 +108,8 @@ def find_adapter(path: Path) -> Path:
     stages = sorted(path.glob(f"stages/*/adapter/{MLX_WEIGHTS}"), key=lambda p: _number(p.parent.parent.name))
     if stages:
         raise ConversionError(
-            f"{path} is not finished: `mpi-mlx train {path} --resume`, or give the adapter of its last stage, "
-            f"{stages[-1].parent}"
+            f"{path} is not finished: `mpi-mlx train {shlex.quote(str(path))} --resume`, or give the adapter of "
+            f"its last stage, {stages[-1].parent}"
         )
     if (path / "model" / "config.json").exists():
         raise ConversionError(f"{path} trained a whole model, no adapter: it is in {path / 'model'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def repeat_evaluation(
     recipe = load_recipe(str(run / "recipe.yaml"), overrides)
     whole = run / "model" if (run / "model" / "config.json").is_file() else None
     if whole is None and not (run / "adapter").is_dir():
-        raise CheckpointError(f"{run}: no adapter or model yet; finish it with mpi-mlx train --resume")
+        again = f"mpi-mlx train {shlex.quote(str(run))} --resume"
+        raise CheckpointError(f"{run}: no adapter or model yet; finish it with {again}")
     dataset = load_dataset(recipe.data, recipe.folder)
     if not dataset.test:
         raise DataError(f"{run}: the recipe has no test examples; set data.test")

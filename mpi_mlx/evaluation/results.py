@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def load_results(run: str | Path) -> dict:
     """``{"rows": [...], ...}``. Raises CheckpointError when the run has none, or a broken file."""
     path = results_path(run)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; evaluate the run first (mpi-mlx eval {run})")
+        raise CheckpointError(f"{path}: no such file; evaluate the run first (mpi-mlx eval {shlex.quote(str(run))})")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(results["rows"], list):

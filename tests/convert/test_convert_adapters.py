@@ -183,7 +183,7 @@ def test_a_run_knows_its_base_stages_and_document(base, tmp_path):
 
 
 def test_the_adapter_of_a_stage_knows_its_run(base, tmp_path):
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     save(run / "stages" / "1-cpt" / "adapter", adapter_for(base), "elsewhere")
     (run / "environment.json").write_text("{}")
     (run / "recipe.yaml").write_text(
@@ -192,7 +192,8 @@ def test_the_adapter_of_a_stage_knows_its_run(base, tmp_path):
     )
     resolved = load_recipe(run / "recipe.yaml")
     (run / "recipe.yaml").write_text(resolved.to_yaml())
-    with pytest.raises(ConversionError, match=r"is not finished: .*or give the adapter of its last stage, .*1-cpt"):
+    said = r"is not finished: `mpi-mlx train '.*/my run' --resume`, or give the adapter of its last stage, .*1-cpt"
+    with pytest.raises(ConversionError, match=said):
         fuse(run, tmp_path / "fused")
     fuse(run / "stages" / "1-cpt" / "adapter", tmp_path / "fused", check=False)
     card = (tmp_path / "fused" / "README.md").read_text()
