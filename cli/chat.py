@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -84,7 +86,8 @@ def chat_command(
         return
     from mpi_mlx_cli.chat_loop import ChatLoop
 
-    ChatLoop(session, target, toolbox, show_reasoning=reasoning is not False).run()
+    rulebook = rulebook_of(target)
+    ChatLoop(session, target, toolbox, show_reasoning=reasoning is not False, rulebook=rulebook).run()
 
 
 def _session(target, document: Path | None, in_context: bool, toolbox, system, **sampling):
@@ -94,14 +97,36 @@ def _session(target, document: Path | None, in_context: bool, toolbox, system, *
         from mpi_mlx.documents import load_document
 
         found = load_document(document)
-    else:
-        found = target.document()
+    else:  # an agent that has learned it is asked without: it is read when it is wanted
+        found = target.document() if in_context else None
     logging.getLogger("transformers").setLevel(logging.ERROR)  # what is too long, the session says better
     model = target.load()
     descriptions = None if toolbox is None else toolbox.descriptions
     return ChatSession(
         model, document=found, in_context=in_context, system=system, tools=descriptions, **sampling
     )
+
+
+@dataclass(frozen=True)
+class Rulebook:
+    """A run's document that has not been read yet. ``missing``: where it was, when it is there no more."""
+
+    name: str
+    load: Callable
+    missing: Path | None = None
+
+
+def rulebook_of(target) -> Rulebook | None:
+    """What the run's recipe names, looked for and not read; None where it names none."""
+    data = target.data
+    if data is None:
+        return None
+    if getattr(data, "benchmark", None):
+        return Rulebook("the document", target.document)
+    if data.document is None:
+        return None
+    path = Path(target.data_folder, data.document)
+    return Rulebook(path.stem, target.document, None if path.exists() else path)
 
 
 def attach(session, path: Path) -> None:

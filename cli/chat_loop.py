@@ -25,13 +25,15 @@ class ChatLoop:
         target: what was loaded, for the greeting.
         toolbox: functions that may be run after a yes, or None.
         show_reasoning: whether traces are shown.
+        rulebook: a :class:`mpi_mlx_cli.chat.Rulebook` to read when `/document` asks for it, or None.
         console, read, confirm: where to show, how to read a line, how to ask yes or no; for tests.
     """
 
     def __init__(
-        self, session, target, toolbox=None, *, show_reasoning=True, console=None, read=None, confirm=None
+        self, session, target, toolbox=None, *, show_reasoning=True, rulebook=None, console=None, read=None,
+        confirm=None,
     ):
-        self.session, self.target, self.toolbox = session, target, toolbox
+        self.session, self.target, self.toolbox, self.rulebook = session, target, toolbox, rulebook
         self.show_reasoning = show_reasoning
         self.both = False
         self.console = console or Console(highlight=False)
@@ -168,6 +170,8 @@ class ChatLoop:
             state = "both, side by side" if self.both else "on" if self.session.in_context else "off"
             self._note(f"the document is {state}; /document on, off or both")
             return
+        if rest != "off" and self.session.document is None and self.rulebook is not None:
+            self.session.document = self.rulebook.load()
         before = self.session.in_context
         if rest == "both":
             self.session.use_document(True)  # raises without a document
@@ -224,8 +228,12 @@ class ChatLoop:
         if document is not None:
             where = "in context" if self.session.in_context else "not in context"
             known = f"{document.name} {where}"
+        elif self.rulebook is not None:
+            known = f"{self.rulebook.name} {'missing' if self.rulebook.missing else 'not in context'}"
         title = Text.assemble((self.target.name, "bold"), (f"  {known}  /help for commands", "dim"))
         self.console.print(title, soft_wrap=True)
+        if document is None and self.rulebook is not None and self.rulebook.missing:
+            self._note(f"{self.rulebook.missing} is not there; only /document wants it: start with --document PATH")
 
     def _note(self, text: str) -> None:
         self.console.print(Text(f"  {text}", style="dim"), soft_wrap=True)

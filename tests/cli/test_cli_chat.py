@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpi_mlx_cli.chat import Rulebook
 from mpi_mlx_cli.chat_input import dropped_path, dropped_picture, leading_picture
 from mpi_mlx_cli.chat_loop import ChatLoop
 from mpi_mlx_cli.chat_view import HERMES, _last_break
@@ -144,6 +145,54 @@ def test_the_document_is_compared_side_by_side():
     assert "there is no document" in screen(Scripted(), "/document on")
     both = Scripted("one", "two", document=Document)
     assert screen(both, "/document both", "x", "y").count("the other answer") == 2 and not both.in_context
+
+
+def test_a_document_is_read_when_it_is_wanted():
+    class Document:
+        name = "refunds"
+
+    read = []
+
+    def load():
+        read.append(1)
+        return Document
+
+    session = Scripted("plain answer", "third")
+    shown = screen(session, "go?", rulebook=Rulebook("refunds", load))
+    assert "refunds not in context" in shown and not read and session.document is None
+    shown = screen(session, "/document on", "go?", "/document both", rulebook=Rulebook("refunds", load))
+    assert read == [1] and session.document is Document and session.in_context and "the other answer" in shown
+
+
+def test_an_agent_is_asked_where_its_document_is_no_more(folder, tmp_path):
+    from mpi_mlx_cli import chat as command
+
+    from mpi_mlx.models import load_model
+    from mpi_mlx.models.adapters import save_adapter
+    from mpi_mlx.models.lora import attach_lora
+    from mpi_mlx.recipe import LoraSpec, load_recipe
+    from mpi_mlx.serving.target import resolve_target
+
+    document = tmp_path / "rules.md"
+    document.write_text("# Refunds")
+    model = load_model(folder)
+    attach_lora(model, LoraSpec(rank=2))
+    run = tmp_path / "run"
+    save_adapter(model, run / "adapter")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {folder}\ndata: {{document: rules.md, train: rows.jsonl}}\nstages: [{{stage: sft, steps: 1}}]"
+    )
+    (run / "recipe.yaml").write_text(load_recipe(tmp_path / "r.yaml").to_yaml())
+    target = resolve_target(run)
+    assert command.rulebook_of(target).missing is None and command.rulebook_of(target).load().text == "# Refunds"
+    document.unlink()
+    done = chat(run, "--max-tokens", 2, text="hello")
+    assert done.returncode == 0 and done.stderr.startswith("the answer was cut at 2 tokens")
+    refused = chat(run, "--in-context", text="hello")
+    assert refused.returncode == 2 and "rules.md: no such document" in refused.stderr
+    shown = screen(Scripted("fine"), "go?", "/document on", "/exit", rulebook=command.rulebook_of(target))
+    assert "rules missing" in shown and f"{document} is not there" in shown.replace("\n", "")
+    assert "fine" in shown and "no such document" in shown
 
 
 CALL = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
