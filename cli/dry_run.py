@@ -70,7 +70,8 @@ def micro_batches(stage, prepared) -> list[dict[str, int]]:
         return []
     if stage.stage == "rl":
         group, prompt = stage.group_size + stage.policy_aware, prepared.prompts.longest
-        groups = max(1, min(stage.prompts, stage.micro_tokens // stage.max_completion_tokens // group))
+        each = prompt + group * stage.max_completion_tokens
+        groups = max(1, min(stage.prompts, stage.micro_tokens // each))
         tokens = prompt + stage.max_completion_tokens
         rollouts = dict(rows=groups * group, tokens=tokens, shared=prompt, groups=groups)
         mixed_in = [] if prepared.labelled is None else _labelled(stage, stage.sft_batch_size, prepared.labelled)

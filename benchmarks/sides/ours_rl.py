@@ -52,7 +52,7 @@ spec = SimpleNamespace(
     clip_low=0.2, clip_high=0.2, dual_clip=None, kl_coef=0.0, temperature=1.0, top_p=1.0,
     max_completion_tokens=options["tokens"], updates_per_rollout=1, minibatches=1, aggregation="sequence", max_refill=0,
     refill=False, drop_constant=False, scale_advantages=True, negative_weight=1.0, overlong_buffer=0, sft_coef=0.0,
-    micro_tokens=options.get("micro_tokens", 1536), learning_rate=1e-5, warmup=0.0, schedule="constant",
+    micro_tokens=options.get("micro_tokens", 2560), learning_rate=1e-5, warmup=0.0, schedule="constant",
     min_lr_ratio=0.1, clip_norm=1.0,
 )  # fmt: skip
 document = from_text(options["document"]) if options.get("document") else None

@@ -61,19 +61,20 @@ def _cost(shapes: Sequence[Shape], limit: int, layers: int) -> float:
 def together(shapes: Sequence[Shape], most_tokens: int, each: int = 0) -> list[list[int]]:
     """Indices of the shapes that should share a forward: the least padding and the fewest forwards.
 
-    A forward holds at most `most_tokens` of stems and rows (or one prompt's); it costs `FORWARD_TOKENS` and `each`
+    A forward holds at most `most_tokens` of prompts, stems and rows (or one prompt with its own), what prompts share
+    not counted; it costs `FORWARD_TOKENS` and `each`
     (what prompts share) more. Deterministic; they come by how long their completions are after the stem.
     """
     order = sorted(range(len(shapes)), key=lambda i: shapes[i].longest - shapes[i].stem)
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
-        rows = prompt = stem = tail = 0
+        rows = prompt = tail = 0
         found = (float("inf"), stop - 1)
         for start in range(stop - 1, -1, -1):
             shape = shapes[order[start]]
             rows, prompt = rows + shape.rows, max(prompt, shape.prompt - 1 + shape.stem)
-            stem, tail = max(stem, shape.stem), max(tail, padded(shape.longest - shape.stem))
-            if start < stop - 1 and (stop - start) * stem + rows * tail > most_tokens:
+            tail = max(tail, padded(shape.longest - shape.stem))
+            if start < stop - 1 and (stop - start) * prompt + rows * tail > most_tokens:
                 break
             cost = best[start] + (stop - start) * prompt + rows * tail + FORWARD_TOKENS + each
             found = min(found, (cost, start))

@@ -67,7 +67,8 @@ def test_together_finds_the_cheapest_of_all_partitions_in_order_of_tails():
 def test_together_keeps_within_the_limit_but_for_one_prompt_s():
     shapes = [Shape(10, 4, 32, 0), Shape(10, 4, 32, 0), Shape(10, 40, 32, 0)]
     assert together(shapes, most_tokens=10**6) == [[0, 1, 2]]
-    assert together(shapes, most_tokens=256) == [[0, 1], [2]]  # 8 x 32; 40 x 32 stand alone
+    assert together(shapes, most_tokens=274) == [[0, 1], [2]]  # 2 x 9 + 8 x 32; 40 x 32 stand alone
+    assert together(shapes, most_tokens=273) == [[0], [1], [2]]
     assert together([], most_tokens=256) == []
 
 
