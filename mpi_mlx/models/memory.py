@@ -89,6 +89,7 @@ def memory_estimate(
     again = layers * places * hidden * size + 2 * layer
     kept = again if gradient_checkpointing else layers * layer
     logits = 3 * min(head_chunk, places) * model.vocab_size * 4
-    return MemoryEstimate(
-        weights - adapter, 2 * adapter, _OPTIMIZER_COPIES.get(optimizer, 2) * adapter, kept, logits
+    states = sum(
+        4 * value.size * (_OPTIMIZER_COPIES.get(optimizer, 2) + (value.dtype.size < 4)) for value in trainable
     )
+    return MemoryEstimate(weights - adapter, 2 * adapter, states, kept, logits)

@@ -32,6 +32,7 @@ def learning_rate_at(step: int, total: int, spec) -> float:
 class Optimizer:
     """Updates a module's trainable parameters; its whole state is a flat dict of arrays.
 
+    Parameters of 16 bits are updated in float32 copies that it keeps, or small steps would round to nothing.
     ``muon``: hidden matrices (2-D, not an embedding or head) take Muon at the scheduled rate, all other
     parameters AdamW at ``adam_share`` of it.
     """
@@ -45,6 +46,7 @@ class Optimizer:
             self.parts = [(muon, 1.0), (adam, adam_share)]
         else:
             raise ValueError(f"unknown optimizer {kind!r}: adamw or muon")
+        self.masters: dict[str, mx.array] = {}
 
     def _split(self, flat: dict[str, mx.array]) -> list[dict[str, mx.array]]:
         if len(self.parts) == 1:
@@ -54,24 +56,32 @@ class Optimizer:
 
     def init(self, parameters: dict) -> None:
         """Makes the (zero) state for a tree of parameters."""
-        for (part, _), flat in zip(self.parts, self._split(dict(tree_flatten(parameters))), strict=True):
+        whole = {k: v.astype(mx.float32) for k, v in tree_flatten(parameters)}
+        self.masters = {k: whole[k] for k, v in tree_flatten(parameters) if v.dtype.size < 4}
+        for (part, _), flat in zip(self.parts, self._split(whole), strict=True):
             part.init(tree_unflatten(list(flat.items())) if flat else {})
 
     def update(self, model, gradients: dict, learning_rate: float) -> None:
         """One step on ``model`` in place."""
         flat_grads = dict(tree_flatten(gradients))
         flat_params = dict(tree_flatten(model.trainable_parameters()))
+        types = {k: flat_params[k].dtype for k in self.masters}
+        flat_params |= self.masters
+        flat_grads = {k: v.astype(flat_params[k].dtype) for k, v in flat_grads.items()}
         for (part, share), grads in zip(self.parts, self._split(flat_grads), strict=True):
             if not grads:
                 continue
             part.learning_rate = learning_rate * share
             params = tree_unflatten([(k, flat_params[k]) for k in grads])
-            model.update(part.apply_gradients(tree_unflatten(list(grads.items())), params))
+            updated = dict(tree_flatten(part.apply_gradients(tree_unflatten(list(grads.items())), params)))
+            self.masters |= {k: v for k, v in updated.items() if k in types}
+            updated |= {k: updated[k].astype(types[k]) for k in updated if k in types}
+            model.update(tree_unflatten(list(updated.items())))
 
     @property
     def state(self) -> dict[str, mx.array]:
         """Flat names to arrays: what a checkpoint keeps."""
-        out = {}
+        out = {f"master.{name}": value for name, value in self.masters.items()}
         for n, (part, _) in enumerate(self.parts):
             out |= {f"{n}.{name}": value for name, value in tree_flatten(part.state)}
         return out
@@ -81,6 +91,7 @@ class Optimizer:
         for n, (part, _) in enumerate(self.parts):
             mine = [(name.split(".", 1)[1], v) for name, v in state.items() if name.startswith(f"{n}.")]
             part.state = tree_unflatten(mine)
+        self.masters = {k.removeprefix("master."): v for k, v in state.items() if k.startswith("master.")}
 
 
 def clip_by_global_norm(gradients: dict, limit: float) -> tuple[dict, mx.array]:

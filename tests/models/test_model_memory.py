@@ -188,3 +188,10 @@ def test_on_a_gpu_the_documents_scores_count_until_training_takes_them_in_blocks
     assert whole.activations == 3 * (2000 * layer + 2 * 4 * 4 * 2000 * 2000)
     long = memory_estimate(adapted, rows=1, tokens=8000)  # a gigabyte: in blocks
     assert long.activations == 3 * 8000 * layer
+
+
+def test_16_bit_weights_that_are_trained_have_float32_copies(adapted):
+    adapted.net.update(tree_map(lambda p: p.astype(mx.bfloat16), adapted.net.trainable_parameters()))
+    count = sum(v.size for _, v in tree_flatten(adapted.net.trainable_parameters()))
+    estimate = memory_estimate(adapted, rows=1, tokens=16)
+    assert (estimate.adapter, estimate.optimizer) == (4 * count, 12 * count)

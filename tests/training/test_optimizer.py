@@ -49,6 +49,23 @@ def test_one_step_of_adamw_by_hand():
     assert net.w[0].item() == pytest.approx(0.89 * 0.99 - 0.1 * m / v**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_small_steps_add_up_in_16_bits(kind, tmp_path):
+    """100 steps of 1e-4 against the gradient's sign: 1 becomes 0.99, though 1 - 1e-4 is 1 in bfloat16."""
+    net = Net(w=mx.ones(3, mx.bfloat16))
+    optimizer = Optimizer(kind, adam_share=1.0)
+    optimizer.init(net.trainable_parameters())
+    for step in range(100):
+        if step == 50:  # the copies go round with the rest of the state
+            mx.save_safetensors(str(tmp_path / "state.safetensors"), optimizer.state)
+            optimizer = Optimizer(kind, adam_share=1.0)
+            optimizer.load_state(mx.load(str(tmp_path / "state.safetensors")))
+        optimizer.update(net, {"w": mx.array([1.0, -1.0, 0.5], mx.bfloat16)}, 1e-4)
+    assert net.w.dtype == mx.bfloat16
+    np.testing.assert_allclose(np.array(net.w.astype(mx.float32)), [0.99, 1.01, 0.99], atol=0.004)  # half a last place
+    assert optimizer.masters["w"].tolist() == pytest.approx([0.99, 1.01, 0.99], abs=1e-4)
+
+
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     rng = np.random.default_rng(0)
     shapes = {"w": (4, 3), "embed_tokens": (5, 3), "lm_head": (5, 3), "bias": (3,), "conv": (2, 2, 2)}
