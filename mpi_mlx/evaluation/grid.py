@@ -12,8 +12,15 @@ from pydantic import ValidationError
 
 from mpi_mlx.errors import RecipeError
 from mpi_mlx.recipe_errors import described
+from mpi_mlx.recipe_stages import CptStage, RlStage, SftStage
 
 BASE = "base"
+FIELDS = {"cpt": CptStage.model_fields, "sft": SftStage.model_fields, "rl": RlStage.model_fields}
+OF_A_PROCESS = {"cpt": ("accumulate",), "sft": ("accumulate",), "rl": ("prompts", "sft_batch_size")}
+# Of no use to another algorithm: what its name sets (a resolved recipe has that written out), and terms it may lack.
+OF_AN_ALGORITHM = (
+    "clip_low", "clip_high", "dual_clip", "aggregation", "kl_coef", "scale_advantages", "drop_constant", "refill",
+)
 TOKENS_PER_LEVEL = 12  # of a trace: a section's name, its question and the answer to it
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -76,8 +83,9 @@ def _variants() -> dict[str, Variant]:
     found = [Variant(BASE, "base")]
     for start, start_title, stages in (*STARTS, *MORE_STARTS):
         found.append(Variant(start, start_title, stages))
-        for form, form_title, changes in (*FORMS, *MORE_FORMS):
-            if start == "direct_sft":
+        direct = start == "direct_sft"  # its policy-aware half has one sampler: see ``_rl_changes``
+        for form, form_title, changes in FORMS if direct else (*FORMS, *MORE_FORMS):
+            if direct:
                 changes = {**changes, "reasoning": False}
             chain = (*stages, StageChange("rl", changes))
             found.append(Variant(f"{start}+{form}", f"{start_title} + {form_title}", chain))
@@ -158,7 +166,8 @@ def cell_recipe(base, cell: Cell, output: str):
     """The recipe of a cell: ``base`` (a Recipe) with the variant's stages, the cell's document and setting.
 
     The document and its scenes come from the cell's number (``data.seed``), and so does the run's ``seed``.
-    Deeper documents get more room for their longer traces.
+    Deeper documents get more room for their longer traces. A cell is one process, so what the recipe counts
+    for each of its ``processes`` is counted for all of them here.
 
     Raises:
         RecipeError: ``base`` lacks a stage that the variant needs, or a setting does not exist.
@@ -170,7 +179,10 @@ def cell_recipe(base, cell: Cell, output: str):
     if cell.variant.stages:  # base trains nothing and keeps the recipe's, unused
         raw["stages"] = [_stage(change, known) for change in cell.variant.stages]
     raw["seed"] = cell.document
-    raw.pop("processes", None)  # a study is spread over processes by document (part_of)
+    processes = raw.pop("processes", 1)  # a study is spread over processes by document (part_of)
+    for stage in raw["stages"] if processes > 1 else ():
+        for name in OF_A_PROCESS.get(stage["stage"], ()):
+            stage[name] = processes * _value(stage, name)
     if "benchmark" in raw["data"]:
         raw["data"]["seed"] = cell.document
         raw["data"].pop("document_seed", None)
@@ -193,6 +205,11 @@ def cell_recipe(base, cell: Cell, output: str):
     return recipe
 
 
+def _value(stage: Mapping, name: str) -> Any:
+    """A field of a stage as a recipe writes it, or its default."""
+    return stage.get(name, FIELDS[stage["stage"]][name].default)
+
+
 def _stage(change: StageChange, known: Mapping[str, dict]) -> dict:
     if change.kind not in known:
         known_kinds = ", ".join(known) or "none"
@@ -210,35 +227,51 @@ def _stage(change: StageChange, known: Mapping[str, dict]) -> dict:
 def _matched(sft: dict, cpt: dict, changes: dict) -> dict:
     """SFT for the steps of both stages and, where wanted, with as many rows that carry the document.
 
+    A step of cpt counts as so many of sft as it takes rows. Texts to rehearse are rows that carry nothing.
     Names with ``cpt.`` change the cpt stage that is matched; its ``steps`` are a factor.
     """
-    if "steps" not in sft or "steps" not in cpt or sft.get("batch_size") != cpt.get("batch_size"):
+    if "steps" not in sft or "steps" not in cpt or _value(sft, "batch_size") != _value(cpt, "batch_size"):
         raise RecipeError(
             "ablation: sft_matched needs stages cpt and sft with one batch_size, and steps instead of epochs"
         )
-    before = cpt["steps"] * changes.get("cpt.steps", 1)
-    steps = before + sft["steps"]
+    forwards = _value(sft, "accumulate")
+    before = cpt["steps"] * changes.get("cpt.steps", 1) * _value(cpt, "accumulate")  # forwards, too
+    steps = sft["steps"] + -(-before // forwards)
     out = {"steps": steps}
     if "document_fraction" in changes:
-        asked = changes.get("cpt.document_questions", cpt.get("document_questions", 0.0))
-        rows = before * (1 - asked) + sft["steps"] * sft.get("document_fraction", 0.0)
-        out["document_fraction"] = round(rows / steps, 4)
+        asked = changes.get("cpt.document_questions", _value(cpt, "document_questions"))
+        labelled = 1 - _value(sft, "rehearsal")
+        rows = before * (1 - _value(cpt, "rehearsal")) * (1 - asked)
+        rows += sft["steps"] * forwards * labelled * _value(sft, "document_fraction")
+        share = round(rows / (steps * forwards * labelled), 4)
+        if share > 1:
+            raise RecipeError(
+                f"ablation: sft cannot have the document in as many rows as cpt and sft: {share:.0%} of its labelled "
+                "rows; lower the sft stage's rehearsal"
+            )
+        out["document_fraction"] = share
     return out
 
 
 def _rl_changes(stage: dict, changes: dict) -> dict:
     """Without policy-aware completions the group is as large as the union would be.
 
-    What an algorithm sets by default (clipping, aggregation) is left to its default when it is changed.
+    What an algorithm sets by default (clipping, aggregation, dropping and refilling) is left to its default when it
+    is changed. Where no trace is wanted none is drawn from the base, which would open with one, and none is paid.
     """
-    both = stage.get("group_size", 8) + stage.get("policy_aware", 0)
+    both = _value(stage, "group_size") + _value(stage, "policy_aware")
     if changes.get("policy_aware") == 0:
         changes["group_size"] = both
+        stage.pop("importance_weight", None)  # there is nothing left to weigh
     elif not stage.get("policy_aware"):
         changes |= {"group_size": both - both // 2, "policy_aware": both // 2}
-    if changes.get("algorithm", "grpo") != stage.get("algorithm", "grpo"):
-        for name in ("clip_low", "clip_high", "dual_clip", "aggregation", "kl_coef", "scale_advantages"):
+    if changes.get("algorithm", "grpo") != _value(stage, "algorithm"):
+        for name in OF_AN_ALGORITHM:
             stage.pop(name, None)
+    if not changes.get("reasoning", _value(stage, "reasoning")):
+        changes.setdefault("policy_aware_sampler", "model")
+        if "rewards" in stage:
+            changes["rewards"] = [reward for reward in stage["rewards"] if reward["kind"] != "trace"]
     return changes
 
 

@@ -72,7 +72,8 @@ def build_rewards(specs: Sequence, recipe_dir: str | Path = ".", *, reasoning: b
 
     Args:
         recipe_dir: what a ``function``'s file is relative to.
-        reasoning: whether completions should hold a trace; ``format`` asks for its tags, or for none.
+        reasoning: whether completions should hold a trace; ``format`` asks for its tags, or for none, and
+            ``trace`` pays nothing where none is wanted.
 
     Raises:
         RecipeError: no such kind, a pattern that does not compile, or a user's file that does not import.
@@ -95,7 +96,7 @@ def _build(spec, recipe_dir: Path, reasoning: bool) -> tuple[str, float, Batch]:
     elif kind == "json":
         one = partial(_json, keys=tuple(getattr(spec, "keys", None) or ()))
     elif kind == "trace":
-        one = trace
+        one = trace if reasoning else _no_trace
     elif kind == "function":
         function = load_user_function(spec.function, recipe_dir)
         return function.name, float(spec.weight), function
@@ -181,6 +182,11 @@ def trace(completion: str, example: Example) -> float:
         )
     reasoning, answer = split_completion(completion)
     return float(check_trace(reasoning, answer, _tree(json.dumps(raw))))
+
+
+def _no_trace(completion: str, example: Example) -> float:
+    """``trace`` of a stage with ``reasoning: false``: paid for traces, its model would end up writing them."""
+    return 0.0
 
 
 @lru_cache(maxsize=32)

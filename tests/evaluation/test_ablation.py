@@ -14,7 +14,7 @@ from mpi_mlx.evaluation.ablation import (
     study,
 )
 from mpi_mlx.evaluation.grid import Cell, cell_recipe, choose_variants, plan
-from mpi_mlx.recipe import Recipe
+from mpi_mlx.recipe import Recipe, parse_recipe
 from mpi_mlx.training.reports import Interrupted, StepReport
 from mpi_mlx.training.run import request_stop, train
 
@@ -90,6 +90,24 @@ def test_pretraining_beside_as_many_steps_and_rows_with_the_document():
         cell_recipe(small_recipe(stages=[cpt, {**sft, "batch_size": 8}]), cell("sft_matched_rows"), "out")
 
 
+def test_matched_rows_are_counted_with_accumulation_and_without_rehearsal():
+    cpt = {"stage": "cpt", "steps": 150, "batch_size": 8, "accumulate": 2, "document_questions": 0.5}
+    sft = {"stage": "sft", "steps": 60, "batch_size": 8, "document_fraction": 0.25}
+
+    def matched(cpt=cpt, sft=sft):
+        (found,) = cell_recipe(small_recipe(stages=[cpt, sft]), cell("sft_matched_rows"), "out").stages
+        return found.steps, found.accumulate, found.document_fraction
+
+    # 150 x 16 + 60 x 8 = 2,880 rows; 1,200 and 120 of them with the document
+    assert matched() == (360, 1, 0.4583)
+    assert matched(sft={**sft, "accumulate": 2}) == (210, 2, 0.4286)  # 3,360 rows; 1,200 + 240
+    # cpt: 2,400 x .8 labelled, half with the document; sft: 480 x .75 x .25 = 90; of 2,880 x .75
+    rehearsed = matched({**cpt, "rehearsal": 0.2}, {**sft, "rehearsal": 0.25})
+    assert rehearsed == (360, 1, 0.4861)  # 1,050 of 2,160
+    with pytest.raises(RecipeError, match="lower the sft stage's rehearsal"):  # 1,200 + 48 rows, of 2,880 x .4
+        matched(sft={**sft, "rehearsal": 0.6})
+
+
 def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
     rl = {"stage": "rl", "steps": 1, "group_size": 8, "learning_rate": 1e-3}
     base = small_recipe(stages=[{"stage": "sft", "steps": 1, **SMALL}, rl])
@@ -100,6 +118,63 @@ def test_grpo_from_a_recipe_without_policyrollout_and_the_other_way_round():
         cell_recipe(base, cell("cpt_sft"), "out")
     with pytest.raises(RecipeError, match=r"depth=9/document-5/sft .* run: data.depth: found 9, allowed: 6 or less$"):
         cell_recipe(base, cell("sft", setting=(("data.depth", 9),)), "out")
+
+
+TRUE = {"kind": "trace", "weight": 0.3}
+RL = {"stage": "rl", "steps": 1, "group_size": 4, "policy_aware": 4, "learning_rate": 1e-3}
+
+
+def rl_stage(name, rl, **changes):
+    stages = [{"stage": "sft", "steps": 1, **SMALL}, {**RL, **rl}]
+    return cell_recipe(small_recipe(stages=stages, **changes), cell(name), "out").stages[1]
+
+
+def test_cells_without_reasoning_neither_draw_nor_pay_traces():
+    rl = {"policy_aware_sampler": "reference", "rewards": [{"kind": "exact_match"}, TRUE]}
+    for form in ("grpo", "policyrollout", "dapo_policyrollout"):
+        direct = rl_stage(f"direct_sft+{form}", rl)
+        assert not direct.reasoning and direct.policy_aware_sampler == "model"
+        assert [r.kind for r in direct.rewards] == ["exact_match"]
+        with_trace = rl_stage(f"sft+{form}", rl)
+        assert with_trace.policy_aware_sampler == "reference"
+        assert [r.kind for r in with_trace.rewards] == ["exact_match", "trace"]
+    own = rl_stage("sft+policyrollout", {**rl, "reasoning": False})  # the recipe's own wish
+    assert own.policy_aware_sampler == "model" and len(own.rewards) == 1
+    assert [r.kind for r in rl_stage("direct_sft+grpo", {}).rewards] == ["exact_match", "format"]
+    with pytest.raises(RecipeError, match="stages.1.rewards"):
+        rl_stage("direct_sft+grpo", {"rewards": [TRUE]})
+
+
+def test_what_resolution_wrote_does_not_reach_another_algorithm():
+    """A recipe and the same recipe with every default written out give the same cells."""
+    written = small_recipe(stages=[{"stage": "sft", "steps": 1, **SMALL}, RL])
+    resolved = parse_recipe(written.to_yaml())
+    for form in ("grpo", "policyrollout", "dapo_policyrollout"):
+        one, two = (cell_recipe(r, cell(f"sft+{form}"), "out").to_yaml() for r in (written, resolved))
+        assert one == two
+    dapo = cell_recipe(resolved, cell("sft+dapo_policyrollout"), "out").stages[1]
+    assert (dapo.drop_constant, dapo.refill, dapo.clip_high, dapo.aggregation) == (True, True, 0.28, "token")
+    back = rl_stage("sft+policyrollout", {"algorithm": "dapo", "drop_constant": True, "refill": True})
+    assert (back.drop_constant, back.refill) == (False, False)
+
+
+def test_an_importance_weight_is_for_cells_with_policy_aware_completions():
+    assert not rl_stage("sft+grpo", {"importance_weight": True}).importance_weight
+    assert rl_stage("sft+policyrollout", {"importance_weight": True}).importance_weight
+
+
+def test_a_cell_takes_as_many_rows_and_prompts_as_the_recipes_processes_together():
+    stages = [
+        {"stage": "cpt", "steps": 1, **SMALL},
+        {"stage": "sft", "steps": 1, **SMALL, "accumulate": 2},
+        {**RL, "prompts": 3, "sft_coef": 0.1},
+    ]
+    base = small_recipe(stages=stages, processes=4)
+    cpt, sft, rl = (cell_recipe(base, cell("cpt_sft+grpo"), "out")).stages
+    assert [(s.batch_size, s.accumulate) for s in (cpt, sft)] == [(2, 4), (2, 8)]  # a step's rows: 8 and 16
+    assert (rl.prompts, rl.sft_batch_size, rl.group_size) == (12, 32, 8)
+    assert cell_recipe(base, cell("cpt_sft+grpo"), "out").processes == 1
+    assert cell_recipe(small_recipe(stages=stages), cell("cpt_sft"), "out").stages[1].accumulate == 2
 
 
 def adapter(folder):

@@ -8,6 +8,7 @@ import pytest
 from mpi_mlx.data.conditions import Condition, Filter
 from mpi_mlx.data.examples import Example
 from mpi_mlx.data.policy_tree import PolicyTree
+from mpi_mlx.data.scenes import Scene, SceneObject
 from mpi_mlx.errors import DataError, RecipeError
 from mpi_mlx.rollouts.rewards import build_rewards, well_formed
 from mpi_mlx.rollouts.tool_calls import parse_tool_calls, tool_call_score
@@ -131,11 +132,11 @@ CONDITIONS = (cube("color", "red"), cube("size", "large"), cube("color", "green"
 TREE = PolicyTree(2, CONDITIONS, ("Owl", "Fox", "Elk"), ("a", "b", "c", "d"))
 
 
-def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():
-    from mpi_mlx.data.scenes import Scene, SceneObject
+SCENE = Scene((SceneObject(shape="cube", color="red", size="small", material="metal", x=0.5, y=0.5),))
 
-    scene = Scene((SceneObject(shape="cube", color="red", size="small", material="metal", x=0.5, y=0.5),))
-    good = TREE.trace(scene)  # Owl yes, Fox no: b
+
+def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():
+    good = TREE.trace(SCENE)  # Owl yes, Fox no: b
     row = example("b", meta={"tree": TREE.to_dict()})
     texts = [
         f"<think>{good}</think>\nb",
@@ -146,6 +147,17 @@ def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():
     assert values("trace", texts, [row] * 4) == [1.0, 0.5, 0.25, 0.0]
     with pytest.raises(DataError, match="meta.tree"):
         values("trace", ["b"], [example("b")])
+
+
+def test_a_trace_earns_nothing_where_none_is_wanted():
+    row = example("b", meta={"tree": TREE.to_dict()})
+    specs = [spec("exact_match"), spec("format", 0.1), spec("trace", 0.3)]
+    traced, bare = f"<think>{TREE.trace(SCENE)}</think>\nb", "b"
+    total, _ = build_rewards(specs)([traced, bare], [row] * 2)
+    assert total.tolist() == pytest.approx([1.4, 1.0])
+    total, parts = build_rewards(specs, reasoning=False)([traced, bare], [row] * 2)
+    assert total.tolist() == pytest.approx([1.0, 1.1])  # the form counts, and what was thought does not
+    assert parts["trace"].tolist() == [0.0, 0.0]
 
 
 def test_total_is_the_weighted_sum_and_kinds_are_told_apart():
