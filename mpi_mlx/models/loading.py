@@ -90,11 +90,11 @@ def _read_net(folder: Path, config: dict, multimodal: bool) -> nn.Module:
         if multimodal:
             from mlx_vlm.utils import load_model as load_net
 
-            return load_net(folder)
+            return load_net(folder, lazy=True)  # read as it is cast or quantized: never all of it twice
         from mlx_lm.utils import load_model as load_net
 
         text_classes(config)
-        return load_net(folder)[0]
+        return load_net(folder, lazy=True)[0]
     except ModelError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, OSError) as error:
