@@ -112,7 +112,7 @@ class _Stage(Spec):
     gradient_checkpointing: Bool = Field(False, description="Less memory, a third more time.")
     save_every: Int = Field(50, ge=1, description="Steps between checkpoints.")
     validate_every: Int = Field(0, ge=0, description="Steps between looks at the validation set; 0: never.")
-    patience: Int = Field(0, ge=0, description="Validations without progress before stopping; 0: never stop.")
+    patience: Int = Field(0, ge=0, description="Validations without progress before stopping at the best; 0: off.")
 
     def _contradictions(self) -> list[tuple[str, str]]:
         if self.patience and not self.validate_every:

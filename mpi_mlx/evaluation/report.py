@@ -121,6 +121,9 @@ def _stages(metrics: Sequence[dict], results: dict) -> list[str]:
         before, after = lost["perplexity_before"], lost["perplexity_after"]
         note += f" Perplexity on unrelated text: {before:.2f} before, {after:.2f} after"
         note += f" ({lost['rise']:+.1%})."
+    for label, kept in results.get("kept", {}).items():
+        note += f" By its validation loss, {kept['validation_loss']:.4g}, {label} kept step {kept['kept_step']}"
+        note += f" of {kept['of_steps']}."
     return ["## Stages", "\n".join(lines), note]
 
 

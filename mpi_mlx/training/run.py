@@ -37,7 +37,7 @@ from mpi_mlx.training.reports import (
     StageStarted,
     ValidationReport,
 )
-from mpi_mlx.training.stopping import request_stop, stop_on_interrupt, stopping
+from mpi_mlx.training.stopping import Best, request_stop, stop_on_interrupt, stopping
 
 __all__ = ["request_stop", "train"]
 
@@ -123,11 +123,22 @@ class _Run:
                 save_adapter(self.model, self.folder.path / "adapter")
             if results_path(self.folder.path).is_file():
                 rows = tuple(load_results(self.folder.path)["rows"])
-                record_facts(self.folder.path, seconds=round(self._elapsed(), 1))
+                record_facts(self.folder.path, seconds=round(self._elapsed(), 1), **self._kept_steps())
                 report = str(write_report(self.folder.path, self.dataset.test if self.dataset else ()))
             self.folder.mark(finished=True)
         world.barrier()
         yield RunFinished(self.recipe.output, self._elapsed(), rows, report)
+
+    def _kept_steps(self) -> dict:
+        """What results.json tells of the stages whose result is not that of their last step."""
+        done = self.folder.progress["stages"]
+        names = ("kept_step", "of_steps", "validation_loss")
+        kept = {
+            label: {name: done[str(index)][name] for name in names}
+            for index, label in enumerate(self.recipe.labels)
+            if "kept_step" in done.get(str(index), {})
+        }
+        return {"kept": kept} if kept else {}
 
     def _elapsed(self) -> float:
         """Seconds of this process, and of the ones it continues."""
@@ -149,7 +160,7 @@ class _Run:
         if found:
             state = ckpt.load_checkpoint(found[-1][1], module, optimizer)
             source.load_state(state["source"])
-            start, best, seconds = state["step"], state.get("best"), state.get("seconds", 0.0)
+            start, best, seconds = state["step"], Best.read(state.get("best"), spec), state.get("seconds", 0.0)
         last = start
         folder.truncate_metrics(index, start)
         yield StageStarted(index, spec.stage, total, start)
@@ -157,12 +168,12 @@ class _Run:
 
         def save(step: int) -> None:
             state = {
-                "step": step, "source": source.state(), "best": best,
+                "step": step, "source": source.state(), "best": best and asdict(best),
                 "seconds": seconds + time.perf_counter() - began,
             }
             if world.is_main():
                 ckpt.save_checkpoint(ckpt.checkpoint_folder(root, step), module, optimizer, state)
-                ckpt.prune(root, best["step"] if best else None)
+                ckpt.prune(root, best.step if best else None)
                 folder.mark(seconds_before=self._elapsed())
             world.barrier()
 
@@ -182,11 +193,11 @@ class _Run:
                     if self.recorders:
                         self.recorders.validation(index, validated)
                     yield validated
-                    if best is None or loss < best["loss"]:
-                        best = {"step": step, "loss": loss}
+                    best = Best.after(best, step, loss, spec)
+                    if best is not None and best.step == step:
                         save(step)
-                    elif spec.patience and (step - best["step"]) // spec.validate_every >= spec.patience:
-                        yield Message(f"{spec.stage}: no better since step {best['step']}; stopping early")
+                    if best is not None and best.waited(step, spec):
+                        yield Message(f"{spec.stage}: no better since step {best.since}; stopping early")
                         stop = "early"
             if stop == "early":
                 break
@@ -194,9 +205,12 @@ class _Run:
                 save(step)
             if stop:
                 return
-        if best is not None and best["step"] != last:
-            ckpt.load_parameters(ckpt.checkpoint_folder(root, best["step"]), module)
-        yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began)
+        kept = {}
+        if best is not None and best.step != last:
+            ckpt.load_parameters(ckpt.checkpoint_folder(root, best.step), module)
+            kept = {"kept_step": best.step, "of_steps": last, "validation_loss": best.loss}
+            yield Message(best.told(spec.stage, last))
+        yield from self._close_stage(index, spec, module, root, seconds + time.perf_counter() - began, kept)
 
     def _built(self, index: int, spec, seed: int) -> tuple:
         if spec.stage == "pretrain":  # its stages freeze different parts of the one model
@@ -209,13 +223,13 @@ class _Run:
         self.stopped = self.stopped or world.sum_numbers([float(stopping.is_set())])[0] > 0
         return self.stopped
 
-    def _close_stage(self, index: int, spec, module, root: Path, seconds: float) -> Iterator[object]:
+    def _close_stage(self, index: int, spec, module, root: Path, seconds: float, kept: dict) -> Iterator[object]:
         if world.is_main():
             if self.whole:
                 save_model(self.model, self.folder.stage(index, spec.stage) / "model")
             else:
                 save_adapter(self.model, self.folder.stage(index, spec.stage) / "adapter")
-            self.folder.mark_stage(index, stage=spec.stage, done=True, seconds=round(seconds, 3))
+            self.folder.mark_stage(index, stage=spec.stage, done=True, seconds=round(seconds, 3), **kept)
             shutil.rmtree(root, ignore_errors=True)
         world.barrier()
         yield StageFinished(index, spec.stage, seconds)

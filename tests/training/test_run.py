@@ -129,6 +129,52 @@ def test_stopping_early_keeps_the_best(base, tmp_path, monkeypatch):
     assert any(not mx.array_equal(kept["step-000001"][name], best[name]).item() for name in best)
 
 
+def validated(base, folder, monkeypatch, found, **changes):
+    """The reports of an sft run of as many steps as ``found`` has losses, and the step whose adapter is kept."""
+    losses = iter(found)
+    monkeypatch.setattr(run_module, "validation", lambda *_: next(losses))
+    stage = STAGES["sft"] | {"steps": len(found), "validate_every": 1, "save_every": 1} | changes
+    folder.mkdir()
+    file = write_recipe(folder / "r.yaml", base, [stage])
+    reports, seen = [], {}
+    for report in train(load_recipe(file, output=folder / "run")):
+        reports.append(report)
+        if isinstance(report, StepReport):
+            now = (folder / "run").rglob("step-*/parameters.safetensors")
+            seen |= {p.parent.name: mx.load(str(p)) for p in now}
+    final = mx.load(str(folder / "run/adapter/adapters.safetensors"))
+    same = [n for n, p in seen.items() if all(mx.array_equal(v, _ends(p, k)).item() for k, v in final.items())]
+    return reports, same
+
+
+def _ends(parameters, name):
+    return next(v for k, v in parameters.items() if k.endswith(name) or name.endswith(k))
+
+
+def test_validation_alone_only_looks(base, tmp_path, monkeypatch):
+    """As in TRL, where load_best_model_at_end has to be asked for: the result is the last step's."""
+    reports, same = validated(base, tmp_path / "a", monkeypatch, [1.0, 2.0, 3.0])
+    assert not same and not [r for r in reports if isinstance(r, Message) and "kept" in r.text]
+    results = json.loads((tmp_path / "a/run/evaluation/results.json").read_text())
+    assert "kept" not in results
+    reports, same = validated(base, tmp_path / "b", monkeypatch, [1.0, 2.0, 3.0], patience=3)
+    assert same == ["step-000001"]
+    said = "sft: kept the weights of step 1 of 3, whose validation loss 1 is lowest"
+    assert [r.text for r in reports if isinstance(r, Message) and "kept" in r.text] == [said]
+    results = json.loads((tmp_path / "b/run/evaluation/results.json").read_text())
+    assert results["kept"] == {"sft": {"kept_step": 1, "of_steps": 3, "validation_loss": 1.0}}
+    assert "sft kept step 1 of 3" in (tmp_path / "b/run/report.md").read_text()
+
+
+def test_of_validations_alike_the_last_is_kept_and_none_is_progress(base, tmp_path, monkeypatch):
+    reports, same = validated(base, tmp_path / "a", monkeypatch, [1.0, 0.5, 0.5, 0.7, 0.1], patience=2)
+    assert same == ["step-000003"]
+    assert [r.text for r in reports if isinstance(r, Message) and "better" in r.text] == [
+        "sft: no better since step 2; stopping early"
+    ]
+    assert [r.loss for r in reports if isinstance(r, ValidationReport)] == [1.0, 0.5, 0.5, 0.7]
+
+
 def test_validation_in_rl_answers_without_dropout(base, tmp_path, monkeypatch):
     training = []
 
