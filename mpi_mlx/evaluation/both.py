@@ -25,11 +25,12 @@ def evaluate_both(
     spec,
     reasoning: bool = True,
     progress: Progress | None = None,
+    anew: bool = False,
 ) -> list[dict]:
     """The rows of ``model`` on the test split, recorded in ``run``: without the document, then with it.
 
-    The second is left out when the dataset has no document or ``spec.with_document`` is off. See
-    :func:`evaluate` for the arguments and what is raised.
+    The second is left out when the dataset has no document or ``spec.with_document`` is off. ``anew``: in place
+    of all that ``run`` has recorded. See :func:`evaluate` for the other arguments and what is raised.
     """
     modes = [None]
     if dataset.document is not None and getattr(spec, "with_document", True):
@@ -44,7 +45,7 @@ def evaluate_both(
         row, predictions = evaluate(
             model, dataset.test, document, label=label, spec=spec, reasoning=reasoning, progress=told
         )
-        record(run, row, predictions)
+        record(run, row, predictions, anew=anew and not rows)
         rows.append(row)
     return rows
 
@@ -60,10 +61,11 @@ def repeat_evaluation(
 
     ``overrides``: changes to its recipe, such as ``data.seed=9`` (other scenes under the same document) or
     ``evaluation.samples=50``.
-    Results, predictions and report go to ``output`` (default ``RUN/repeat``); the run's own stay.
+    Results, predictions and report go to ``output`` (default ``RUN/repeat``), in place of an earlier repeat's, whose
+    examples may have been others; the run's own stay.
 
     Raises:
-        CheckpointError: the folder is not a finished run.
+        CheckpointError: the folder is not a finished run, or ``output`` is a run's own.
         DataError: the recipe has no test examples.
     """
     from mpi_mlx.data.dataset import load_dataset
@@ -82,6 +84,9 @@ def repeat_evaluation(
     if whole is None and not (run / "adapter").is_dir():
         again = f"mpi-mlx train {shlex.quote(str(run))} --resume"
         raise CheckpointError(f"{run}: no adapter or model yet; finish it with {again}")
+    output = run / "repeat" if output is None else Path(output)
+    if (output / "recipe.yaml").is_file():
+        raise CheckpointError(f"{output}: holds a run, whose own results would be lost; choose another --output")
     dataset = load_dataset(recipe.data, recipe.folder)
     if not dataset.test:
         raise DataError(f"{run}: the recipe has no test examples; set data.test")
@@ -91,10 +96,9 @@ def repeat_evaluation(
         spec.base, quantize=spec.quantize, init=spec.init, seed=recipe.seed, **weights,
         adapter=None if whole else run / "adapter",
     )
-    output = run / "repeat" if output is None else Path(output)
     options = {"spec": recipe.evaluation, "progress": progress}
     with model.adapters_disabled():
-        rows = evaluate_both(output, model, dataset, label="base", **options)
+        rows = evaluate_both(output, model, dataset, label="base", anew=True, **options)
     if whole:
         model = load_model(str(whole), **weights)
     reasoning = next((s.reasoning for s in recipe.stages if s.stage == "sft"), True)

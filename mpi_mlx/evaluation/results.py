@@ -42,15 +42,19 @@ def load_predictions(run: str | Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def record(run: str | Path, row: dict, predictions: Sequence[dict], **facts: Any) -> dict:
+def record(
+    run: str | Path, row: dict, predictions: Sequence[dict], *, anew: bool = False, **facts: Any
+) -> dict:
     """Adds a row with its predictions, in place of an earlier one of the same model and mode.
+
+    ``anew``: in place of all that the files hold, which may be of other examples.
 
     ``facts`` are kept beside ``rows`` (``forgetting=...``). Both files are replaced in one rename each, so
     that a run stopped here and continued records the row once. Returns the results.
     """
     run = Path(run)
-    results = load_results(run) if results_path(run).is_file() else {"rows": []}
-    kept = [p for p in load_predictions(run) if _key(p) != _key(row)]
+    results = load_results(run) if results_path(run).is_file() and not anew else {"rows": []}
+    kept = [] if anew else [p for p in load_predictions(run) if _key(p) != _key(row)]
     lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in [*kept, *predictions]]
     write_text_atomic(predictions_path(run), "".join(lines))
     rows, at = list(results["rows"]), [_key(r) for r in results["rows"]]

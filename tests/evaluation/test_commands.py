@@ -63,6 +63,25 @@ def test_eval_repeats_the_runs_own_figures_and_takes_other_examples(run):
     assert {r["n"] for r in rows} == {2}
 
 
+def test_a_repeat_holds_nothing_of_the_one_before(run):
+    assert invoke("eval", run).exit_code == 0
+    changes = ("--set", "evaluation.samples=2", "--set", "evaluation.with_document=false")
+    assert invoke("eval", run, *changes).exit_code == 0
+    repeat = run / "repeat"
+    rows = json.loads((repeat / "evaluation" / "results.json").read_text())["rows"]
+    assert [(r["model"], r["document_in_context"], r["n"]) for r in rows] == [("base", False, 2), ("sft", False, 2)]
+    lines = (repeat / "evaluation" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model"] for line in lines] == ["base"] * 2 + ["sft"] * 2
+    assert "in context |" not in (repeat / "report.md").read_text()
+
+
+def test_a_repeat_does_not_replace_a_runs_own_results(run):
+    own = (run / "evaluation" / "results.json").read_text()
+    with pytest.raises(CheckpointError, match="holds a run, whose own results would be lost; choose another --output"):
+        invoke("eval", run, "--output", run)
+    assert (run / "evaluation" / "results.json").read_text() == own
+
+
 def test_eval_of_other_scenes_keeps_the_document_that_was_learned(run, monkeypatch):
     seen = []
 
