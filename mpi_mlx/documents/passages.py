@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mpi_mlx.documents.load import PolicyDocument, _flatten, _headings
+from mpi_mlx.documents.load import PolicyDocument, _flatten
+from mpi_mlx.documents.markdown import headings
 
 
 def passages(document: PolicyDocument) -> list[tuple[str, str]]:
@@ -16,7 +17,7 @@ def passages(document: PolicyDocument) -> list[tuple[str, str]]:
     """
     flat, _ = _flatten(document.parts)
     lines = flat.split("\n")
-    found = list(_headings(lines))
+    found = list(headings(flat))
     ends = [*(line for line, _, _ in found[1:]), len(lines)]
     out = []
     for (line, _, heading), following in zip(found, ends, strict=False):

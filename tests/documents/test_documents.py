@@ -62,11 +62,13 @@ def test_hash_covers_text_image_bytes_and_order_only(folder, tmp_path_factory):
     assert from_parts([one, two]).sha256 == from_text("ab", "another name").sha256
 
 
-def test_folder_falls_back_to_all_files_in_order(tmp_path):
+def test_a_folder_is_policy_md_or_all_files_in_order(tmp_path):
     (tmp_path / "2-tone.md").write_text("Be brief.")
     (tmp_path / "1-rules.md").write_text("Refund.\n")
     assert load_document(tmp_path).text == "Refund.\n\n\nBe brief."
-    (tmp_path / "README.md").write_text("Only this.")
+    (tmp_path / "README.md").write_text("This too.")
+    assert load_document(tmp_path).text == "Refund.\n\n\nBe brief.\n\nThis too."
+    (tmp_path / "policy.md").write_text("Only this.")
     assert load_document(tmp_path).text == "Only this."
 
 
