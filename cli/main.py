@@ -119,9 +119,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" writing {error.filename}" if error.filename else ""
-        return f"disk full{where}; free some space or choose another --output, then go on with --resume", 2
+    if _is_full_disk(error):
+        where = f" writing {error.filename}" if getattr(error, "filename", None) else ""
+        return f"disk full{where}; free some space, then do it again (mpi-mlx train goes on with --resume)", 2
     if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
         return f"{error.filename}: {error.strerror}; choose another path or change its permissions", 2
     said = " ".join(str(error).split())
@@ -130,6 +130,13 @@ def explain(error: BaseException) -> tuple[str, int]:
         "MPI_MLX_DEBUG=1 and mpi-mlx doctor)",
         1,
     )
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """mlx has no errno: it says how many bytes of an open file it could not write."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("[write] Unable to write")
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def say(said: str) -> None:

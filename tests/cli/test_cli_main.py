@@ -86,6 +86,22 @@ def test_a_full_disk(monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_full_disk_in_mlx_own_words(monkeypatch, capsys, tmp_path):
+    """A limit on file sizes stands for the disk: mlx is told by the system that it cannot write on."""
+    code = (
+        "import resource, sys, mlx.core as mx\n"
+        "from mpi_mlx_cli.main import explain\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    mx.save_safetensors(sys.argv[1], {'a': mx.zeros((100, 100))})\n"
+        "except Exception as error:\n    print(*explain(error))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.safetensors")]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert said.stdout.startswith("disk full; ") and said.stdout.endswith(" 2\n") and "--resume" in said.stdout
+    raising(monkeypatch, RuntimeError("[write] Something else"))
+    assert run(capsys, "recipes")[0] == 1
+
+
 def test_a_folder_that_cannot_be_written(monkeypatch, capsys):
     raising(monkeypatch, PermissionError(errno.EACCES, "Permission denied", "/runs"))
     code, _, err = run(capsys, "recipes")

@@ -13,6 +13,7 @@ from small_runs import STAGES, adapters, metrics, write_recipe
 
 from mpi_mlx.errors import CheckpointError
 from mpi_mlx.recipe import load_recipe
+from mpi_mlx.training import checkpoint
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.reports import Interrupted, Message, RunFinished, StageStarted, StepReport
 from mpi_mlx.training.run import request_stop, train
@@ -236,3 +237,21 @@ def test_two_that_begin_at_once(base, tmp_path):
     first.close()
     with pytest.raises(CheckpointError, match="already holds a run"):
         RunFolder.begin(second)
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint(base, tmp_path, capsys, monkeypatch):
+    file = write_recipe(tmp_path / "r.yaml", base, [SFT | {"steps": 3, "save_every": 1}], evaluation={"after": []})
+    write, run = checkpoint.mx.save_safetensors, tmp_path / "run"
+
+    def full(path, tensors, *_):
+        if "optimizer" in path and list(run.rglob("step-000001")):
+            raise RuntimeError("[write] Unable to write 1902944 bytes to file.")
+        write(path, tensors, *_)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.mx, "save_safetensors", full)
+        code, _, err = command(capsys, file, "--output", run)
+    assert code == 2 and err.startswith("error: disk full; free some space") and err.count("\n") == 1
+    assert [p.name for p in (run / "stages" / "1-sft" / "checkpoints").iterdir()] == ["step-000001"]
+    code, out, _ = command(capsys, file, "--output", run, "--resume")
+    assert code == 0 and "3 steps, from step 1" in out
