@@ -16,6 +16,8 @@ from mpi_mlx.data.policy_tree import tree_of
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation.metrics import majority_share, same_text, share, wilson_interval
+from mpi_mlx.models.context import check_context, context_length
+from mpi_mlx.models.encoding import content_text
 from mpi_mlx.rollouts.prefill import prefill
 from mpi_mlx.rollouts.rewards import exact_match, trace, well_formed
 from mpi_mlx.rollouts.sampler import Completion, SamplingStats, finish, greedy_batches
@@ -63,7 +65,7 @@ def evaluate(
         (row, predictions): the row of results.json (see ``_row``) and the lines of predictions.jsonl.
 
     Raises:
-        DataError: no examples, or one without an answer.
+        DataError: no examples, one without an answer, or one that is too long for the model.
     """
     work = evaluation(model, examples, document, label=label, spec=spec, reasoning=reasoning)
     while True:
@@ -100,6 +102,7 @@ def evaluation(
         model.encode(place_document(e.messages, document), tools=e.tools, generation_prompt=True)
         for e in examples
     ]
+    _check_longest(model, examples, [len(p.ids) for p in prompts], document, spec)
     began = time.perf_counter()
     stats = SamplingStats()
     completions = yield from _generate(model, prompts, spec, stats)
@@ -117,6 +120,39 @@ def evaluation(
         "decode_tokens_per_second": stats.decode_tokens / max(stats.decode_seconds, 1e-9),
     }
     return row, [asdict(p) for p in predictions]
+
+
+def check_evaluation(model, examples: Sequence[Example], document: PolicyDocument | None, spec) -> None:
+    """Whether the model takes the example with the longest text, with the document in context, and an answer: a
+    document that is too long must not end a run after its training. :func:`evaluation` looks at every example.
+
+    Raises:
+        DataError: it does not.
+    """
+    examples = list(examples)[: getattr(spec, "samples", None)]
+    if not examples or document is None or not getattr(spec, "with_document", True):
+        return
+    longest = max(examples, key=lambda e: sum(len(content_text(m.get("content"))) for m in e.messages))
+    prompt = model.encode(place_document(longest.messages, document), tools=longest.tools, generation_prompt=True)
+    _check_longest(model, [longest], [len(prompt)], document, spec)
+
+
+def _check_longest(
+    model, examples: Sequence[Example], lengths: Sequence[int], document: PolicyDocument | None, spec
+) -> None:
+    """Whether the longest prompt and its answer fit. Raises DataError."""
+    tokens, example = max(zip(lengths, examples, strict=True), key=lambda pair: pair[0])
+    limit = context_length(model)
+    if limit is None or tokens + spec.max_completion_tokens <= limit:
+        return
+    mode, advice, added = "without the document", "shorten the example", 0
+    if document is not None:
+        mode, advice = "with the document in context", "shorten the document, set evaluation.with_document: false"
+        added = tokens - len(model.encode(example.messages, tools=example.tools, generation_prompt=True))
+    check_context(
+        model, tokens + spec.max_completion_tokens, f"evaluation {mode}: {example.where}", document=added,
+        completion=spec.max_completion_tokens, advice=f"{advice}, lower evaluation.max_completion_tokens",
+    )
 
 
 def time_prefill(model, prompts: Sequence, count: int = PREFILL_PROMPTS) -> float:

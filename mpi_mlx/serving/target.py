@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpi_mlx.errors import MPIError, ServingError
+from mpi_mlx.models.context import context_length as context_length  # of a loaded target
 
 MAX_TOKENS = 1024  # of an answer, where nothing else says
 
@@ -162,13 +163,3 @@ def _with_generation_defaults(target: Target) -> Target:
         temperature=float(config.get("temperature") or 1.0),
         top_p=float(config.get("top_p") or 1.0),
     )
-
-
-def context_length(model) -> int | None:
-    """The longest sequence that the model's config allows; None where it does not say."""
-    config = model.config
-    for scope in (config.get("text_config") or {}, config):
-        length = scope.get("max_position_embeddings")
-        if isinstance(length, int) and length > 0:
-            return length
-    return None

@@ -15,7 +15,7 @@ from mpi_mlx.stages.pretrain import pretrain_stage
 from mpi_mlx.stages.rl import RolloutSource
 from mpi_mlx.stages.rl_objective import RolloutObjective
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, validation_loss
-from mpi_mlx.stages.survey import Survey
+from mpi_mlx.stages.survey import Survey, check_survey
 from mpi_mlx.training import world
 
 VALIDATION_ANSWERS = 64  # rl: examples answered for one validation
@@ -71,9 +71,11 @@ def prepare_stages(model, recipe, dataset: Dataset | None, *, survey: bool = Tru
         found: dict[str, Survey] = {}
         if survey and isinstance(source, RolloutSource):
             found["prompts"] = source.survey(steps)
+            check_survey(model, spec, found["prompts"], completion=spec.max_completion_tokens)
         labelled = source if isinstance(source, SupervisedSource) else getattr(source, "labelled", None)
         if survey and labelled is not None:
             found["labelled"] = labelled.survey(steps * getattr(spec, "minibatches", 1))
+            check_survey(model, spec, found["labelled"])
         out.append(Prepared(module, source, objective, steps, **found))
     return out
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from mpi_mlx.data.examples import Example, collected
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
+from mpi_mlx.models.context import check_context
 from mpi_mlx.training import world
 
 
@@ -15,12 +16,15 @@ from mpi_mlx.training import world
 class Survey:
     """The rows that a stage will take: how many there are, and the tokens of the longest.
 
-    ``document``: how many of those the document adds, where rows carry it.
+    ``document``: how many of those the document adds, where rows carry it. ``where`` names the longest;
+    ``carried`` are its tokens with the document, where prompts of their own length are drawn from that way, too.
     """
 
     rows: int
     longest: int
     document: int = 0
+    where: str = field(default="", compare=False)
+    carried: int = field(default=0, compare=False)
 
 
 class Findings:
@@ -60,13 +64,13 @@ class Findings:
                 f"stage {self.stage}: {over} of {rows} rows are over max_tokens={limit}, the longest ({tokens:,} "
                 f"tokens) is {where}; raise max_tokens, lower model.max_pixels, or shorten the examples"
             )
-        return Survey(rows, tokens, max(added for *_, added in found))
+        return Survey(rows, tokens, max(added for *_, added in found), where)
 
 
 def survey_prompts(model, examples: Sequence[Example], document: PolicyDocument | None, rewards) -> Survey:
     """Encodes the prompts of an ``rl`` stage, and asks its rewards whether they can judge each of them.
 
-    ``document``: what policy-aware completions carry, or None; it is tried with the first prompt alone.
+    ``document``: what policy-aware completions carry, or None; it is tried with the first and the longest prompt.
 
     Raises:
         DataError: all prompts that the model cannot read, or that lack what a reward compares with.
@@ -74,12 +78,43 @@ def survey_prompts(model, examples: Sequence[Example], document: PolicyDocument 
     findings = Findings("rl")
     mine = world.share(list(examples))
 
+    def encoded(example: Example, carried: PolicyDocument | None = None) -> int:
+        return len(model.encode(place_document(example.messages, carried), tools=example.tools, generation_prompt=True))
+
     def look(example: Example, carries: bool) -> int:
         rewards.check(example)
+        plain = encoded(example)
         if carries:
-            model.encode(place_document(example.messages, document), tools=example.tools, generation_prompt=True)
-        return len(model.encode(example.messages, tools=example.tools, generation_prompt=True))
+            findings.document = max(findings.document, encoded(example, document) - plain)
+        return plain
 
     for number, example in enumerate(mine):
         findings.measure(number, example, lambda e=example, n=number: look(e, document is not None and n == 0))
-    return findings.conclude()
+    longest = max(findings.lengths, key=findings.lengths.get, default=0)
+    if document is not None and longest:  # the first has been looked at
+        findings.measure(longest, mine[longest], lambda: look(mine[longest], True))
+    found = findings.conclude()
+    return replace(found, document=0, carried=found.longest + found.document)
+
+
+def check_survey(model, spec, survey: Survey, *, completion: int = 0) -> None:
+    """Whether the model takes the longest row of a stage, or its longest prompt and ``completion`` tokens more.
+
+    Raises:
+        DataError: it is longer than the model's config allows.
+    """
+    tokens = max(survey.longest, survey.carried)
+    document = survey.document or tokens - survey.longest
+    advice = ["shorten the document" if document else "shorten the example"]
+    if document and spec.stage == "cpt":
+        advice.append("leave the stage out")
+    elif document:
+        advice.append(f"set {'policy_aware' if completion else 'document_fraction'}: 0")
+    elif model.is_multimodal:
+        advice.append("lower model.max_pixels")
+    if completion:
+        advice.append("lower max_completion_tokens")
+    check_context(
+        model, tokens + completion, f"stage {spec.stage}: {survey.where}", document=document,
+        completion=completion, advice=", ".join(advice),
+    )

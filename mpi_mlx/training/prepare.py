@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mpi_mlx import runtime
 from mpi_mlx.data.dataset import Dataset, load_dataset
+from mpi_mlx.evaluation.evaluate import check_evaluation
 from mpi_mlx.models import load_model
 from mpi_mlx.models.base import Model
 from mpi_mlx.models.full import train_all_weights
@@ -59,4 +60,7 @@ def prepare(recipe, *, survey: bool = True) -> Ready:
     else:
         attach_lora(model, recipe.lora, mx.random.key(recipe.seed))
     check_recorders(recipe)
-    return Ready(dataset, model, prepare_stages(model, recipe, dataset, survey=survey))
+    stages = prepare_stages(model, recipe, dataset, survey=survey)
+    if dataset is not None and recipe.evaluation.after:
+        check_evaluation(model, dataset.test, dataset.document, recipe.evaluation)
+    return Ready(dataset, model, stages)

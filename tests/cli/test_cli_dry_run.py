@@ -1,6 +1,8 @@
 """`mpi-mlx train --dry-run`: the recipe, the parameters, the steps and the memory; nothing is written."""
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,3 +67,23 @@ def test_it_refuses_what_training_refuses(base, tmp_path, capsys, options, words
     file = write_recipe(tmp_path / "r.yaml", base, ["cpt"])
     code, _, err = run(capsys, file, *(x for option in options for x in ("--set", option)))
     assert code == 2 and err.startswith("error: ") and words in err and "Traceback" not in err
+
+
+def test_a_document_longer_than_the_context(base, tmp_path, capsys):
+    """Refused in the stage that reads it; where no stage does, in the evaluation that would come after hours."""
+    short = tmp_path / "short"
+    shutil.copytree(base, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 250}))
+    file = write_recipe(tmp_path / "r.yaml", short, ["cpt"])
+    code, _, err = run(capsys, file)
+    assert code == 2 and re.search(r"stage cpt: .* tokens .* takes 250 .*shorten the document", " ".join(err.split()))
+    plain = {**STAGES["sft"], "document_fraction": 0.0}
+    file = write_recipe(tmp_path / "r.yaml", short, [plain])
+    assert run(capsys, file)[0] == 0
+    code, _, err = run(capsys, file, "--set", "evaluation.max_completion_tokens=150")
+    said = " ".join(err.split())
+    assert code == 2 and "evaluation with the document in context: example 'test-" in said and "takes 250" in said
+    for change in ("with_document=false", "after=[]"):
+        words = ("--set", "evaluation.max_completion_tokens=150", "--set", f"evaluation.{change}")
+        assert run(capsys, file, *words)[0] == 0

@@ -1,5 +1,6 @@
 """Grading by hand, and the whole evaluation on random weights."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -10,10 +11,10 @@ from mpi_mlx.data.clevr_policy import make_example
 from mpi_mlx.data.examples import Example
 from mpi_mlx.data.policy_tree import random_tree
 from mpi_mlx.data.scenes import random_scenes
-from mpi_mlx.documents import PolicyDocument
+from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.evaluation import evaluate as module
-from mpi_mlx.evaluation.evaluate import evaluate, evaluation
+from mpi_mlx.evaluation.evaluate import check_evaluation, evaluate, evaluation
 from mpi_mlx.evaluation.forgetting import forgetting, general_text, perplexity
 from mpi_mlx.models import load_model
 from mpi_mlx.rollouts import sampler
@@ -152,6 +153,42 @@ def test_processes_say_how_far_they_are_equally_often(model, monkeypatch, count,
     # ... and without the stand-in: no prompts, no batches
     assert sampler.finish(sampler.greedy_batches(model, [], max_tokens=2)) == []
     assert asked == {1: [[1], []], 4: [[2], [2]], 5: [[2, 1], [2]], 8: [[2, 2], [2, 2]]}[count][rank]
+
+
+def test_what_is_too_long_for_the_model(model, monkeypatch):
+    """The longest prompt and an answer fill the context; a token less is refused before anything is generated."""
+    document = PolicyDocument.from_text("Say stop. " * 40, "rules")
+    rows = [example("a", "stop"), example("b", "go", source="test.jsonl:2")]
+    rows[1] = replace(rows[1], messages=({"role": "user", "content": "Which one of all these? " * 9},))
+    placed = place_document(rows[1].messages, document)
+    prompt = len(model.encode(placed, generation_prompt=True))
+    added = prompt - len(model.encode(rows[1].messages, generation_prompt=True))
+    answered(model, monkeypatch, ["stop", "go"])
+
+    def check(limit, given=document, **changes):
+        monkeypatch.setattr(model, "config", {**model.config, "max_position_embeddings": limit})
+        spec = SimpleNamespace(**vars(SPEC) | changes)
+        check_evaluation(model, rows, given, spec)
+        return evaluate(model, rows, given, label="base", spec=spec)
+
+    assert check(prompt + 5)[0]["n"] == 2
+    assert check(prompt - added + 5, None)[0]["n"] == 2
+    said = (
+        rf"evaluation with the document in context: test.jsonl:2 \(example 'b'\): {prompt + 5:,} tokens \({added:,} of "
+        rf"them the document's, 5 for a completion\), and embedded:tiny takes {prompt + 4:,} .*; shorten the document, "
+        "set evaluation.with_document: false, lower evaluation.max_completion_tokens, or choose a base"
+    )
+    with pytest.raises(DataError, match=said):
+        check(prompt + 4)
+    with pytest.raises(DataError, match=said):
+        evaluate(model, rows, document, label="base", spec=SPEC)
+    with pytest.raises(DataError, match="evaluation without the document.*shorten the example"):
+        check(prompt - added + 4, None)
+    monkeypatch.setattr(model, "config", {**model.config, "max_position_embeddings": prompt + 4})
+    # what is not asked is not looked at
+    check_evaluation(model, rows, document, SimpleNamespace(**vars(SPEC), with_document=False))
+    check_evaluation(model, rows, document, SimpleNamespace(**vars(SPEC) | {"samples": 1}))
+    check_evaluation(model, [], document, SPEC)
 
 
 def test_nothing_to_evaluate(model):
