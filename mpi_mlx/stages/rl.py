@@ -96,6 +96,7 @@ class RolloutSource:
         count = world.sum_numbers([_normaliser(groups, spec)])[0]
         tokens = sum(len(r.completion_ids) for g in groups for r in g.rollouts)
         if self.labelled is not None:
+            count = count or 1.0  # labelled rows are learned from where no group has a signal, too
             labelled = self.labelled.batch(number)
             scale = spec.sft_coef * count / max(labelled.count, 1.0)
             micros += [LabelledMicro(m, scale) for m in labelled.micros]

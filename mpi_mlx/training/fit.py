@@ -83,13 +83,14 @@ def fit(
         mx.random.seed((seed * 1_000_003 + step) % 2**32)
         batch = source.batch(step)
         rate = learning_rate_at(step, total, spec)
-        metrics = dict(batch.metrics)
-        losses = []
+        losses, sums = [], {}
         for _ in range(batch.updates):
             for part in (batch, *batch.minibatches):
                 loss, norm, measured = _update(module, part, objective, spec, optimizer, rate, step)
                 losses.append(loss)
-                metrics |= measured
+                for name, pair in measured.items():  # over all updates: clipping happens in the later ones
+                    sums[name] = tuple(a + b for a, b in zip(sums.get(name, (0.0, 0.0)), pair, strict=True))
+        metrics = batch.metrics | {name: value / max(weight, 1e-9) for name, (value, weight) in sums.items()}
         first_loss = sum(losses[: 1 + len(batch.minibatches)]) / (1 + len(batch.minibatches))
         seconds = time.perf_counter() - began
         yield StepReport(
@@ -100,7 +101,7 @@ def fit(
 
 
 def _update(module, batch: Batch, objective, spec, optimizer, rate: float, step: int):
-    """One optimizer update on all of ``batch``; returns the loss, the gradient's norm and the metrics."""
+    """One optimizer update on all of ``batch``: the loss, the gradient's norm, the metrics as (sum, weight)."""
     value_and_grad = nn.value_and_grad(module, objective)
     gradients, total, sums = None, 0.0, {}
     prepare = getattr(objective, "prepare", lambda micro: None)
@@ -117,9 +118,11 @@ def _update(module, batch: Batch, objective, spec, optimizer, rate: float, step:
         gradients = tree_map(mx.zeros_like, module.trainable_parameters())
     gradients = world.sum_tree(gradients)
     names = sorted(set(world.gather_objects(list(sums))))  # a process may have had no rows of some kind
-    joined = world.sum_numbers([total, *(x for n in names for x in sums.get(n, (0.0, 0.0)))])
+    joined = world.sum_numbers([len(batch.micros), total, *(x for n in names for x in sums.get(n, (0.0, 0.0)))])
+    if not joined.pop(0):
+        return 0.0, 0.0, {}  # no process had anything: a step of Adam would go on along its moments
     loss = joined[0] / max(batch.count, 1e-9)
-    measured = {n: joined[1 + 2 * i] / max(joined[2 + 2 * i], 1e-9) for i, n in enumerate(names)}
+    measured = {n: (joined[1 + 2 * i], joined[2 + 2 * i]) for i, n in enumerate(names)}
     scale = 1.0 / max(batch.count, 1e-9)
     gradients = tree_map(lambda g: g * scale, gradients)
     gradients, norm = clip_by_global_norm(gradients, spec.clip_norm)

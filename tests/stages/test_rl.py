@@ -416,6 +416,17 @@ def test_labelled_rows_mixed_in(model, dataset, fraction):
     assert ("red cube reply yes" in text) == (fraction == 1.0)
 
 
+def test_labelled_rows_count_where_no_group_is_kept(model, dataset):
+    """Rewards are all alike and dropped: what is left is sft_coef times the labelled rows' mean."""
+    spec = spec_of(sft_coef=0.5, sft_batch_size=2, drop_constant=True, refill=False)
+    batch = source_of(model, dataset, spec, lambda n, e: 1.0, labelled=dataset.train).batch(0)
+    assert batch.metrics["groups_trained"] == 0
+    objective, plain = RolloutObjective(model, spec), SupervisedObjective(model)
+    total = sum(objective(m)[0].item() for m in batch.micros) / batch.count
+    mean = sum(plain(m.batch)[0].item() for m in batch.micros) / sum(m.batch.count for m in batch.micros)
+    assert total == pytest.approx(0.5 * mean, rel=1e-5) and total > 0.1
+
+
 def test_refusals(model, dataset):
     with pytest.raises(DataError, match="no prompts"):
         RolloutSource(model, (), RULES, spec_of(), Rewards(None), 0)

@@ -189,3 +189,9 @@ def test_a_step_without_rows_is_no_gradient():
     (report,) = fit(module, Nothing(()), Objective(module), spec, total=1, seed=0, optimizer=optimizer)
     assert (report.loss, report.grad_norm) == (0.0, 0.0)
     assert module.w.tolist() == [1.0, 2.0]
+    # nor does the optimizer go on along what it has seen before
+    optimizer.update(module, {"w": mx.array([1.0, -1.0])}, 0.1)
+    before, state = module.w.tolist(), {k: v.tolist() for k, v in optimizer.state.items()}
+    (report,) = fit(module, Nothing(()), Objective(module), spec, total=1, seed=0, optimizer=optimizer)
+    assert module.w.tolist() == before != [1.0, 2.0]
+    assert {k: v.tolist() for k, v in optimizer.state.items()} == state
