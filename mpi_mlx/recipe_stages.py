@@ -180,7 +180,7 @@ class RlStage(_Stage):
     policy_aware_sampler: Literal["model", "reference"] = Field(
         "model", description="Who samples them; reference: adapters switched off."
     )
-    importance_weight: Bool = Field(False, description="Weigh them by the true ratio to their sampler.")
+    importance_weight: Bool = Field(False, description="Weigh their tokens by the ratio to their sampler, 2 at most.")
     clip_low: Float | None = Field(
         None, gt=0, lt=1, description="The ratio is clipped below 1 - clip_low. Default: clip_high, else 0.2."
     )

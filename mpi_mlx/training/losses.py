@@ -247,14 +247,13 @@ def surrogate(
 def importance_weights(
     logprobs: mx.array, sampled_logprobs: mx.array, mask: mx.array, cap: float = 2.0
 ) -> mx.array:
-    """Truncated sequence weights (R,): min(cap, exp(mean over tokens of logprobs - sampled_logprobs)).
+    """Truncated importance weights (R, T) of the tokens: min(cap, exp(logprobs - sampled_logprobs)); 0 where masked.
 
-    The geometric mean a token (GSPO, arXiv 2507.18071) keeps weights of long completions from vanishing.
-    Without gradient.
+    A token's own ratio and not its completion's: the product over some tens of tokens is next to nothing for nearly
+    all of them. TRL corrects what its sampler draws in the same way. Without gradient.
     """
-    mask = mask.astype(mx.float32)
-    difference = _masked(logprobs - sampled_logprobs, mask).sum(axis=-1) / mx.maximum(mask.sum(axis=-1), 1.0)
-    return mx.stop_gradient(mx.minimum(mx.exp(difference), cap))
+    difference = _masked(logprobs - sampled_logprobs, mask.astype(mx.float32))
+    return mx.stop_gradient(mx.minimum(mx.exp(difference), cap) * mask)
 
 
 def k3_kl(logprobs: mx.array, reference_logprobs: mx.array, mask: mx.array | None = None) -> mx.array:

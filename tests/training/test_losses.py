@@ -206,7 +206,9 @@ def test_surrogate_ignores_masked_entries():
 def test_importance_by_hand():
     new, sampled = mx.array([[-1.0, -1.0], [0.0, 9.0]]), mx.array([[-2.0, -1.0], [-5.0, 0.0]])
     weights = losses.importance_weights(new, sampled, mx.array([[1, 1], [1, 0]]))
-    np.testing.assert_allclose(weights, [math.exp(0.5), 2.0], rtol=1e-6)
+    np.testing.assert_allclose(weights, [[2.0, 1.0], [2.0, 0.0]], rtol=1e-6)
+    unlikely = losses.importance_weights(mx.array([[-1.5]]), mx.array([[-1.0]]), mx.ones((1, 1)))
+    np.testing.assert_allclose(unlikely, [[math.exp(-0.5)]], rtol=1e-6)
     zeros, ones = mx.zeros((2, 2)), mx.ones((2, 2))
     scaled = losses.surrogate(zeros, zeros, mx.ones((2,)), ones, 0.2, 0.2, importance=mx.array([0.5, 2.0]))
     np.testing.assert_allclose(scaled.loss, [[-0.5, -0.5], [-2.0, -2.0]])
