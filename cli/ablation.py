@@ -11,7 +11,8 @@ import typer
 def ablation_command(
     recipe: Annotated[str, typer.Argument(help="A recipe with stages cpt, sft and rl.")] = "quickstart",
     documents: Annotated[
-        str, typer.Option(help="Seeds, each one document and its scenes: 1001-1005 or 3,8,9.")
+        str,
+        typer.Option(help="Seeds, each a document and its scenes (your own files: a training): 1001-1005 or 3,8,9."),
     ] = "1001-1005",
     variants: Annotated[
         str | None, typer.Option(help="Rows of the table, by name; default: all. --list names them.")

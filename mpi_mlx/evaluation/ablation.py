@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpi_mlx.errors import CheckpointError
 from mpi_mlx.evaluation.both import evaluate_both
 from mpi_mlx.evaluation.figures import load_metrics
 from mpi_mlx.evaluation.grid import BASE, Cell, cell_recipe, fork_parent
-from mpi_mlx.evaluation.results import load_results
+from mpi_mlx.evaluation.results import load_predictions, load_results
 from mpi_mlx.evaluation.study import CellResult
 from mpi_mlx.evaluation.study_report import write_study
 from mpi_mlx.training.reports import Interrupted
@@ -93,7 +93,7 @@ def run_ablation(
                 yield report
                 if isinstance(report, Interrupted):
                     return
-            write_json_atomic(folder / DONE, asdict(_result(cell, folder)))
+            write_json_atomic(folder / DONE, _result(cell, folder).figures())
         yield CellFinished(cell, number, len(todo), _result(cell, folder), known is not None)
         following = todo[number] if number < len(todo) else None
         if known is None and (following is None or following.document != cell.document):
@@ -124,8 +124,8 @@ def finished(folder: Path, recipe) -> CellResult | None:
 
 def _result(cell: Cell, folder: Path) -> CellResult:
     seconds = sum(m["seconds"] for m in load_metrics(folder))
-    rows = load_results(folder)["rows"]
-    return CellResult.from_run(cell.variant.name, cell.document, cell.setting, rows, seconds)
+    rows, said = load_results(folder)["rows"], load_predictions(folder)
+    return CellResult.from_run(cell.variant.name, cell.document, cell.setting, rows, seconds, said)
 
 
 def _train_cell(cell: Cell, recipe, folder: Path) -> Iterator:

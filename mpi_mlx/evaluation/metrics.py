@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -60,8 +61,40 @@ def t_quantile(degrees: int) -> float:
     return Z95 + (Z95**3 + Z95) / (4 * degrees) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * degrees**2)
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean:
+def proportion_variance(share: float, n: int) -> float:
+    """Sampling variance of a share of n examples, with two right and two wrong ones added (Agresti and Coull, 1998):
+    that all of them are right does not make it certain.
+
+    >>> proportion_variance(1.0, 96)     # 0.98 * 0.02 / 100
+    """
+    share = (share * n + 2) / (n + 4)
+    return share * (1 - share) / (n + 4)
+
+
+def difference_variance(
+    a: tuple[float, int],
+    b: tuple[float, int],
+    right_a: Mapping[str, bool] | None = None,
+    right_b: Mapping[str, bool] | None = None,
+) -> float:
+    """Sampling variance of the difference of two (share, n).
+
+    On the same examples (``right_a``, ``right_b``: which of them) only those count that one side alone has right,
+    with half an example added to each of the four outcomes (Agresti and Min, 2005). Without, both vary alone.
+    """
+    if not right_a or not right_b or right_a.keys() != right_b.keys():
+        return proportion_variance(*a) + proportion_variance(*b)
+    n = len(right_a) + 2
+    apart = [int(right_a[k]) - int(right_b[k]) for k in right_a]
+    return (sum(map(abs, apart)) + 1 - sum(apart) ** 2 / n) / n**2
+
+
+def mean_over_seeds(values: Sequence[float], sampling: Sequence[float] = (), *, shared: bool = False) -> Mean:
     """Mean of one figure a seed (or document), with the t interval over them.
+
+    ``sampling``: what each figure varies by alone, for want of more examples, as variances. The interval is at
+    least as wide as they make it: values that agree by chance must not look certain. ``shared``: all figures come
+    from the same examples, so that more seeds do not make up for them.
 
     >>> mean_over_seeds([0.9, 0.94, 0.98])     # 0.94, +-4.3027 * 0.04 / sqrt(3)
     """
@@ -72,6 +105,9 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     if len(found) == 1:
         return Mean(mean, None, 1)
     reach = t_quantile(len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
+    if len(sampling):  # known from n examples each: the normal quantile
+        least = float(np.mean(sampling)) / (1 if shared else len(found))
+        reach = max(reach, Z95 * math.sqrt(least))
     return Mean(mean, (mean - reach, mean + reach), len(found))
 
 
@@ -87,15 +123,23 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_difference(a: Mapping[object, float], b: Mapping[object, float]) -> Mean:
+def paired_difference(
+    a: Mapping[object, float],
+    b: Mapping[object, float],
+    sampling: Mapping[object, float] = MappingProxyType({}),
+    *,
+    shared: bool = False,
+) -> Mean:
     """Mean of a - b over the keys (seeds, documents or examples) that both have, with the t interval.
 
-    Pairing removes what seeds and documents contribute by being easy or hard.
+    Pairing removes what seeds and documents contribute by being easy or hard. ``sampling``: the variance of each
+    key's difference, and ``shared``: see :func:`mean_over_seeds`.
     """
     keys = [k for k in a if k in b]
     if not keys:
         raise ValueError("no seed or document in common")
-    return mean_over_seeds([a[k] - b[k] for k in keys])
+    variances = [sampling[k] for k in keys] if sampling else ()
+    return mean_over_seeds([a[k] - b[k] for k in keys], variances, shared=shared)
 
 
 def majority_share(answers: Iterable[str]) -> float:

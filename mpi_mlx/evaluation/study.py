@@ -1,21 +1,36 @@
-"""What an ablation's cells say together: means over documents, differences in pairs, curves."""
+"""What an ablation's cells say together: means over documents, differences in pairs, curves.
+
+With a benchmark a cell's number is a document with its own test examples. With one's own files it is a seed of
+training, and every cell is tested on the same examples (``shared``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpi_mlx.evaluation.grid import BASE, CPT_FORMS, FORMS, MORE_FORMS, MORE_STARTS, STARTS, VARIANTS
-from mpi_mlx.evaluation.metrics import Mean, mean_over_seeds, paired_difference
+from mpi_mlx.evaluation.metrics import (
+    Mean,
+    difference_variance,
+    mean_over_seeds,
+    paired_difference,
+    proportion_variance,
+)
 
 Setting = tuple[tuple[str, Any], ...]
 MATCHED_STARTS = ("sft_matched", "sft_matched_rows")  # what continual pretraining is measured against
+FEWEST = 3  # documents; the spread of two says next to nothing
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What one cell measured. Shares in 0..1; ``seconds`` of training, shared stages included."""
+    """What one cell measured. Shares in 0..1; ``seconds`` of training, shared stages included.
+
+    ``format_rate``: of answers without the document, in the form that the cell trains. ``right``: which examples
+    were, by id, without the document; None where that was not kept.
+    """
 
     variant: str
     document: int
@@ -27,12 +42,20 @@ class CellResult:
     majority: float
     n: int
     seconds: float
+    format_rate: float | None = None
+    right: Mapping[str, bool] | None = field(default=None, repr=False)
 
     @classmethod
     def from_run(
-        cls, variant: str, document: int, setting: Setting, rows: Sequence[dict], seconds: float
+        cls,
+        variant: str,
+        document: int,
+        setting: Setting,
+        rows: Sequence[dict],
+        seconds: float,
+        predictions: Sequence[dict] = (),
     ) -> CellResult:
-        """From the rows of a cell's results.json: those of its last model."""
+        """From the rows of a cell's results.json, and its predictions: those of its last model."""
         last = rows[-1]["model"]
         of_last = {r["document_in_context"]: r for r in rows if r["model"] == last}
         bare, carried = of_last[False], of_last.get(True)
@@ -47,7 +70,19 @@ class CellResult:
             majority=bare.get("majority") or 0.0,
             n=bare["n"],
             seconds=seconds,
+            format_rate=bare.get("format_rate"),
+            right=right_answers(predictions, last, False) or None,
         )
+
+    def figures(self) -> dict:
+        """As JSON keeps it: without the single answers."""
+        return {name: value for name, value in asdict(self).items() if name != "right"}
+
+
+def right_answers(predictions: Sequence[dict], model: str, document_in_context: bool) -> dict[str, bool]:
+    """Which examples a model had right in a mode, by id, from the lines of predictions.jsonl."""
+    mode = model, document_in_context
+    return {p["id"]: p["correct"] for p in predictions if (p["model"], p["document_in_context"]) == mode}
 
 
 @dataclass(frozen=True)
@@ -60,6 +95,7 @@ class Summary:
     accuracy_with_document: Mean | None
     trace_match: Mean | None
     trace_consistent: Mean | None
+    format_rate: Mean | None
     majority: float
     examples: int
     documents: tuple[int, ...]
@@ -70,18 +106,20 @@ class Summary:
         return VARIANTS[self.variant].title
 
 
-def summarise(results: Sequence[CellResult]) -> list[Summary]:
+def summarise(results: Sequence[CellResult], *, shared: bool = False) -> list[Summary]:
     """One summary for each (setting, variant), in the order in which they first appear."""
     groups: dict[tuple[Setting, str], list[CellResult]] = {}
     for result in results:
         groups.setdefault((result.setting, result.variant), []).append(result)
-    return [_summary(found) for found in groups.values()]
+    return [_summary(found, shared) for found in groups.values()]
 
 
-def _summary(found: Sequence[CellResult]) -> Summary:
+def _summary(found: Sequence[CellResult], shared: bool) -> Summary:
     def mean(name: str) -> Mean | None:
-        values = [getattr(r, name) for r in found if getattr(r, name) is not None]
-        return mean_over_seeds(values) if values else None
+        pairs = [(getattr(r, name), r.n) for r in found if getattr(r, name) is not None]
+        if not pairs:
+            return None
+        return mean_over_seeds([v for v, _ in pairs], [proportion_variance(*p) for p in pairs], shared=shared)
 
     return Summary(
         variant=found[0].variant,
@@ -90,6 +128,7 @@ def _summary(found: Sequence[CellResult]) -> Summary:
         accuracy_with_document=mean("accuracy_with_document"),
         trace_match=mean("trace_match"),
         trace_consistent=mean("trace_consistent"),
+        format_rate=mean("format_rate"),
         majority=sum(r.majority for r in found) / len(found),
         examples=sum(r.n for r in found),
         documents=tuple(r.document for r in found),
@@ -121,22 +160,30 @@ class Difference:
 
     @property
     def certain(self) -> bool:
-        """The 95% interval does not hold zero."""
-        return self.mean.interval is not None and (self.mean.interval[0] > 0 or self.mean.interval[1] < 0)
+        """The 95% interval does not hold zero, and is of enough documents to be one."""
+        if self.mean.interval is None or self.mean.n < FEWEST:
+            return False
+        return self.mean.interval[0] > 0 or self.mean.interval[1] < 0
 
 
-def differences(results: Sequence[CellResult]) -> list[Difference]:
-    """All comparisons that the results allow, paired by document."""
-    table: dict[tuple[Setting, str], dict[int, float]] = {}
+def differences(results: Sequence[CellResult], *, shared: bool = False) -> list[Difference]:
+    """All comparisons that the results allow, paired by document; no surer than the test sets allow."""
+    table: dict[tuple[Setting, str], dict[int, CellResult]] = {}
     for r in results:
-        table.setdefault((r.setting, r.variant), {})[r.document] = r.accuracy
+        table.setdefault((r.setting, r.variant), {})[r.document] = r
     out = []
     for setting in dict.fromkeys(r.setting for r in results):
         for variant, other in comparisons():
             a, b = table.get((setting, variant), {}), table.get((setting, other), {})
-            if a.keys() & b.keys():
-                out.append(Difference(variant, other, setting, paired_difference(a, b)))
+            sampling = {d: _sampling(a[d], b[d]) for d in a if d in b}
+            if sampling:
+                shares = ({d: r.accuracy for d, r in side.items()} for side in (a, b))
+                out.append(Difference(variant, other, setting, paired_difference(*shares, sampling, shared=shared)))
     return out
+
+
+def _sampling(a: CellResult, b: CellResult) -> float:
+    return difference_variance((a.accuracy, a.n), (b.accuracy, b.n), a.right, b.right)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mpi_mlx.evaluation.grid import VARIANTS, recipe_value, sweep_setting
 from mpi_mlx.evaluation.metrics import Mean
 from mpi_mlx.evaluation.report import duration
 from mpi_mlx.evaluation.study import (
+    FEWEST,
     CellResult,
     Difference,
     Setting,
@@ -22,6 +23,7 @@ from mpi_mlx.evaluation.study import (
     summarise,
 )
 from mpi_mlx.evaluation.study_figures import draw_curves, draw_variants
+from mpi_mlx.recipe_schema import OwnData
 
 SWEEP_TITLES = {
     "data.depth": ("Accuracy against the depth of the document", "depth of the decision tree"),
@@ -43,15 +45,16 @@ def write_study(
     that are still to be run.
     """
     output = Path(output)
-    summaries = summarise(results)
-    found = differences(results)
+    own = isinstance(base.data, OwnData)  # one document and one test set, whatever the seed
+    summaries = summarise(results, shared=own)
+    found = differences(results, shared=own)
     figures = _figures(output / "figures", results, summaries, base, sweeps)
-    blocks = ["# Ablation", _facts(results, missing)]
+    blocks = ["# Ablation", _facts(results, missing, len(found), own)]
     for setting in dict.fromkeys(s.setting for s in summaries):
         here = [s for s in summaries if s.setting == setting]
         blocks.append(f"## {setting_title(setting)}")
-        blocks.append(study_table(here))
-        blocks.append(difference_table([d for d in found if d.setting == setting]))
+        blocks.append(study_table(here, own))
+        blocks.append(difference_table([d for d in found if d.setting == setting], own))
         if setting == () and "variants" in figures:
             blocks.append(f"![Accuracy of the variants](figures/{figures['variants'].name})")
     drawn = [f"![{_sweep_titles(k)[0]}](figures/{figures[k].name})" for k in sweeps if k in figures]
@@ -61,7 +64,7 @@ def write_study(
     write_json_atomic(
         output / "ablation.json",
         {
-            "cells": [asdict(r) for r in results],
+            "cells": [r.figures() for r in results],
             "summaries": [asdict(s) for s in summaries],
             "differences": [asdict(d) for d in found],
             "missing": missing,
@@ -78,45 +81,65 @@ def setting_title(setting: Setting) -> str:
     return said[0].upper() + said[1:]
 
 
-def _facts(results: Sequence[CellResult], missing: int) -> str:
+def _facts(results: Sequence[CellResult], missing: int, compared: int, own: bool) -> str:
     documents = sorted({r.document for r in results})
-    seeds = ", ".join(map(str, documents))
-    of = f"{len(documents)} documents (seeds {seeds})" if len(documents) > 1 else f"one document (seed {seeds})"
+    seeds, several, unit = ", ".join(map(str, documents)), len(documents) > 1, _unit(own)
+    named = seeds if own else f"seeds {seeds}" if several else f"seed {seeds}"
+    of = f"{len(documents)} {unit}s ({named})" if several else f"one {unit} ({named})"
     text = f"{len(results)} run{'s' if len(results) > 1 else ''} over {of}"
     text += f"; {missing} are still to be run." if missing else "."
     text += (
-        " Accuracies are exact match of greedy answers on held-out examples. Means over documents with 95% "
-        "intervals (Student's t); differences are paired by document. Training time counts every stage of "
-        "the chain, also those shared with other variants."
+        " Accuracies are exact match of greedy answers on held-out examples. "
+        f"Means over {unit}s with 95% intervals (Student's t, and never narrower than so many test examples allow); "
+        f"differences are paired by {unit}, and fewer than {FEWEST} {unit}s give no verdict. Training time counts "
+        "every stage of the chain, also those shared with other variants."
     )
+    if own:
+        text += " Document and examples are the same for every seed: the seeds differ in training alone."
+    if compared:
+        text += (
+            f" {compared} comparison{'s are' if compared > 1 else ' is'} made, each at 95% and without correction for "
+            "their number: of those where nothing differs one in twenty looks certain."
+        )
     return text
 
 
-def study_table(summaries: Sequence[Summary]) -> str:
-    """A row a variant, as Markdown."""
+def _unit(own: bool) -> str:
+    """What the numbers of a study's cells stand for."""
+    return "seed" if own else "document"
+
+
+def study_table(summaries: Sequence[Summary], own: bool = False) -> str:
+    """A row a variant, as Markdown. ``own``: of one's own files, so that the numbers are seeds of training."""
     lines = [
-        "| variant | without the document | with it | trace match | trace true | n | documents | training |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | without the document | with it | format | trace match | trace true | n "
+        f"| {_unit(own)}s | training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for s in summaries:
         cells = (
-            s.title, mean_text(s.accuracy), mean_text(s.accuracy_with_document), mean_text(s.trace_match),
-            mean_text(s.trace_consistent), str(s.examples), str(len(s.documents)),
+            s.title, mean_text(s.accuracy), mean_text(s.accuracy_with_document), mean_text(s.format_rate),
+            mean_text(s.trace_match), mean_text(s.trace_consistent),
+            str(s.examples // len(s.documents) if own else s.examples), str(len(s.documents)),
             duration(s.seconds) if s.seconds else "-",
         )
         lines.append(f"| {' | '.join(cells)} |")
     majority = sum(s.majority for s in summaries) / len(summaries)
-    return "\n".join(lines) + f"\n\nThe most frequent answer earns {majority:.1%}."
+    note = f"The most frequent answer earns {majority:.1%}. *Format*: answers without the document in the form that "
+    note += "the row trains: a trace in think tags before the answer, or, after direct SFT, the answer alone."
+    return "\n".join(lines) + f"\n\n{note}"
 
 
-def difference_table(found: Sequence[Difference]) -> str:
+def difference_table(found: Sequence[Difference], own: bool = False) -> str:
     """Paired differences in points, as Markdown; empty without pairs."""
     if not found:
         return ""
-    lines = ["| difference | points (95%) | documents | |", "|---|---|---|---|"]
+    lines = [f"| difference | points (95%) | {_unit(own)}s | |", "|---|---|---|---|"]
     for d in found:
         low, high = (f"{100 * v:+.1f}" for v in d.mean.interval) if d.mean.interval else ("-", "-")
         verdict = ("better" if d.mean.value > 0 else "worse") if d.certain else "not told apart"
+        if d.mean.n < FEWEST:
+            verdict = "too few to tell"
         name = f"{VARIANTS[d.variant].title} - {VARIANTS[d.other].title}"
         lines.append(f"| {name} | {100 * d.mean.value:+.1f} ({low} to {high}) | {d.mean.n} | {verdict} |")
     return "\n".join(lines)

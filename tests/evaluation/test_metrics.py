@@ -5,9 +5,11 @@ import pytest
 from mpi_mlx.evaluation.metrics import (
     Mean,
     bootstrap_interval,
+    difference_variance,
     majority_share,
     mean_over_seeds,
     paired_difference,
+    proportion_variance,
     same_text,
     t_quantile,
     wilson_interval,
@@ -57,6 +59,35 @@ def test_pairs_take_out_what_a_document_contributes():
     found = paired_difference(with_it, without)
     assert found.value == pytest.approx(0.2) and found.n == 3
     assert found.interval == pytest.approx((-0.04842, 0.44842), abs=1e-5)
+
+
+def test_a_share_varies_by_its_examples_even_at_the_ends():
+    assert proportion_variance(1.0, 96) == pytest.approx(0.98 * 0.02 / 100)
+    assert proportion_variance(0.5, 96) == pytest.approx(0.0025)
+
+
+def test_a_difference_varies_less_on_the_same_examples():
+    a = {n: n < 90 for n in range(98)}
+    b = {n: n >= 6 for n in range(98)}  # 84 both, 6 a alone, 8 b alone
+    # (6 + 8 + 1 - 2^2 / 100) / 100^2
+    assert difference_variance((90 / 98, 98), (92 / 98, 98), a, b) == pytest.approx(14.96 / 1e4)
+    assert difference_variance((1.0, 98), (1.0, 98), a, a) == pytest.approx(1e-4)  # alike: 1 / 100^2
+    alone = proportion_variance(1.0, 98) + proportion_variance(0.5, 98)
+    for other in (None, {n + 1: True for n in range(98)}):  # other examples
+        assert difference_variance((1.0, 98), (0.5, 98), a, other) == alone
+
+
+def test_means_are_no_surer_than_the_examples_behind_them():
+    # two of 96, all right: .02 * .98 / 100 each, so 1.96 * sqrt(.000196 / 2) = .0194028
+    sampling = [proportion_variance(1.0, 96)] * 2
+    assert mean_over_seeds([1.0, 1.0], sampling).interval == pytest.approx((0.980597, 1.019403), abs=1e-6)
+    # the same 96 examples both times: 1.96 * sqrt(.000196) = .0274395
+    assert mean_over_seeds([1.0, 1.0], sampling, shared=True).interval[0] == pytest.approx(0.972561, abs=1e-6)
+    wide = mean_over_seeds([0.90, 0.94, 0.98], [1e-4] * 3)  # the spread says more: as without
+    assert wide == mean_over_seeds([0.90, 0.94, 0.98])
+    assert paired_difference({1: 1.0, 2: 1.0}, {1: 0.9, 2: 0.9, 3: 0.1}, {1: 1e-4, 2: 3e-4}).interval == pytest.approx(
+        (0.1 - 0.0196, 0.1 + 0.0196), abs=1e-5
+    )
 
 
 def test_bootstrap_of_ones_and_zeros_is_near_the_normal_interval():
