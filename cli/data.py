@@ -10,7 +10,8 @@ import typer
 
 app = typer.Typer(help="Write the ClevrPolicy benchmark as files; check datasets.", no_args_is_help=True)
 
-MEASURED = 64  # examples of a split whose tokens are counted
+LISTED = 100  # errors that `data check` shows at most
+NAMED = 6  # files that it names in one line
 
 
 @app.command("clevr-policy")
@@ -101,14 +102,18 @@ def check(
     from mpi_mlx.data.check import check_dataset, read_source
     from mpi_mlx.errors import DataError
 
-    source = read_source(path)
+    source = read_source(path, thorough=False)  # pictures are decoded where they are measured
     report = check_dataset(source.dataset, whole=path.suffix not in (".jsonl", ".json"))
     rows = source.dataset.splits.get(split)
     if rows is None:
         raise DataError(f"--split {split}: expected train, rl, validation or test")
     encoder = _encoder(source.recipe, model)
-    lengths = {f.name: _lengths(encoder, source.dataset, f.name) for f in report.splits}
-    _show(report, lengths, source.dataset, encoder)
+    measured, problems = _measure(encoder, source.dataset, report)
+    _show(report, measured, source.dataset, encoder)
+    if problems:
+        more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        count = [f"{path}: {len(problems)} errors"] if len(problems) > 1 else []
+        raise DataError("\n".join([*count, *problems[:LISTED], *more]))
     if samples > 0 and rows:
         target = sheet or _sheet_path(path)
         picture = _sheet(source, rows, samples, encoder, path)
@@ -149,50 +154,71 @@ def _stage_rows(model, example, document, reasoning: bool) -> dict:
     return rows
 
 
-def _lengths(model, dataset, split: str) -> dict:
-    """Mean and longest prompt and completion over a sample of a split, in tokens."""
-    from mpi_mlx.data.completion import completion_text
+def _measure(model, dataset, report) -> tuple[dict, list[str]]:
+    """By split, what its rows come to in tokens, and the document's tokens; all that cannot be read."""
+    from mpi_mlx.data.measure import measure_document, measure_rows, measured_rows
 
-    rows = dataset.splits[split]
-    step = max(1, len(rows) // MEASURED)
-    picked = list(rows[::step][:MEASURED])
-    prompts = [len(model.encode(e.messages, tools=e.tools, generation_prompt=True).ids) for e in picked]
-    turns = [completion_text(e.reasoning, e.answer) for e in picked if e.answer is not None]
-    completions = [len(model.encode_completion(turn)) for turn in turns]
-    return {"prompt": prompts, "completion": completions, "of": len(picked)}
+    measured, problems = {}, []
+    if dataset.document is not None:
+        measured["document"], found = measure_document(model, dataset.document)
+        problems += found
+    total, done = sum(len(measured_rows(dataset.splits[f.name])) for f in report.splits), 0
+    with _bar("reading") as progress:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            progress(done, total)
+
+        for found in report.splits:
+            measured[found.name] = measure_rows(model, dataset.splits[found.name], step)
+            problems += measured[found.name].problems
+    return measured, problems
 
 
-def _show(report, lengths: dict, dataset, model) -> None:
+def _show(report, measured: dict, dataset, model) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from mpi_mlx.documents import place_document
-
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if dataset.document is not None:
-        ask = [{"role": "user", "content": "?"}]
-        placed = len(model.encode(place_document(ask, dataset.document)).ids) - len(model.encode(ask).ids)
         characters, images = len(dataset.document.text), len(dataset.document.images)
+        placed = measured["document"]
         console.print(f"document: {characters} characters, {images} images, {placed} tokens in a prompt")
+        for line in _files(dataset.document):
+            console.print(line, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for heading in ("split", "examples", "images", "traces", "answers", "majority", "prompt", "completion"):
         table.add_column(heading, justify="left" if heading == "split" else "right", no_wrap=True)
     for found in report.splits:
-        measured = lengths[found.name]
-        spans = [
-            f"{sum(v) / len(v):.0f} / {max(v)}" if (v := measured[key]) else "-"
-            for key in ("prompt", "completion")
-        ]
+        tokens = measured[found.name]
+        spans = [f"{sum(v) / len(v):.0f} / {max(v)}" if v else "-" for v in (tokens.prompts, tokens.completions)]
         table.add_row(
             found.name, str(found.examples), str(found.images), str(found.with_reasoning),
             str(len(found.answers)), f"{found.majority:.0%}", *spans,
         )
     console.print(table)
-    sampled = any(found.examples > lengths[found.name]["of"] for found in report.splits)
-    on = f"; on {MEASURED} examples a split" if sampled else ""
+    most = max((measured[f.name].rows for f in report.splits if measured[f.name].rows < f.examples), default=0)
+    on = f"; on {most} examples a split" if most else ""
     console.print(f"prompt, completion: tokens of {model.base}, mean / longest{on}", soft_wrap=True)
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"), soft_wrap=True)
+
+
+def _files(document) -> list[str]:
+    """What was read of the document's folder, in order, and what was not."""
+    from mpi_mlx.documents import unread_files
+
+    if document.origin is None:
+        return []
+    named = {"read": [file.name for file in document.origin.files]}
+    named["not read or shown"] = [str(file) for file in unread_files(document)]
+    return [
+        f"  {what}: {', '.join(names[:NAMED])}" + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        for what, names in named.items()
+        if names
+    ]
 
 
 def _sheet_path(path: Path) -> Path:

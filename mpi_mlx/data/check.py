@@ -77,7 +77,9 @@ def check_dataset(dataset: Dataset, *, whole: bool = True) -> CheckReport:
     if splits.get("rl") == dataset.train:
         splits.pop("rl", None)
     facts = tuple(_facts(name, rows) for name, rows in splits.items())
-    warnings = _overlaps(splits)
+    origin = None if dataset.document is None else dataset.document.origin
+    warnings = [] if origin is None else list(origin.warnings)
+    warnings += _overlaps(splits)
     for found in facts:
         warnings += _split_warnings(found, splits[found.name])
     if whole and dataset.document is None:

@@ -93,3 +93,106 @@ def test_refusals(written, tmp_path):
     with pytest.raises(DataError, match="no scenes/CLEVR_train_scenes.json"):
         call("clevr-policy", tmp_path / "new", "--clevr", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(capsys, *arguments):
+    """The lines of `mpi-mlx ...` on stderr, which must be errors that a user can mend."""
+    from mpi_mlx_cli import main as cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and "Traceback" not in said.err
+    lines = said.err.splitlines()
+    assert lines and all(line.startswith("error: ") for line in lines)
+    return [line.removeprefix("error: ") for line in lines], said.out
+
+
+def rows_of(folder, count, change):
+    """A train.jsonl of text rows, some of them changed."""
+    rows = [{"id": str(n), "messages": [{"role": "user", "content": f"row {n}"}], "answer": "a"} for n in range(count)]
+    for number, spoil in change.items():  # by line
+        rows[number - 1] |= spoil
+    path = folder / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def asks(*parts):
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
+                         {"role": "user", "content": list(parts)}]}  # fmt: skip
+
+
+def text(said):
+    return {"type": "text", "text": said}
+
+
+def test_check_reads_every_row(tmp_path, capsys):
+    """Of 100 rows the 81st is bad: `train` refuses it, and so must `check`."""
+    path = rows_of(tmp_path, 100, {81: asks(text("a"), text("b <|image_pad|> c"))})
+    held = "the text holds the image placeholder '<|image_pad|>'; remove it"
+    [line], out = refused(capsys, "data", "check", path)
+    assert line == f"{path}:81: messages[2].content[1].text: {held}"
+    assert "100" in out and not (tmp_path / "train.sheet.png").exists()
+    change = {3: {"messages": [{"role": "user", "content": "<|image_pad|>"}]}, 90: {"answer": "<|image_pad|>"}}
+    lines, _ = refused(capsys, "data", "check", rows_of(tmp_path, 100, change | {7: {"reasoning": "<|image_pad|>"}}))
+    assert lines == [
+        f"{path}: 3 errors",
+        f"{path}:3: messages[0].content: {held}",
+        f"{path}:7: reasoning: {held}",
+        f"{path}:90: answer: {held}",
+    ]
+    assert "on 64 examples" not in call("check", rows_of(tmp_path, 100, {}), "--samples", 0)
+
+
+def test_check_names_line_and_field_of_pictures_that_no_model_takes(tmp_path, capsys):
+    Image.new("RGB", (2, 500)).save(tmp_path / "thin.png")
+    Image.effect_noise((256, 256), 90).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-4000])
+
+    def shows(*names):
+        return asks(text("?"), *({"type": "image", "image": name} for name in names))
+
+    path = rows_of(tmp_path, 70, {66: shows("whole.jpg", "thin.png"), 67: shows("cut.jpg"), 68: shows("whole.jpg")})
+    lines, _ = refused(capsys, "data", "check", path)
+    assert lines[0] == f"{path}: 2 errors" and len(lines) == 3
+    assert lines[1].startswith(f"{path}:66: messages[2].content[2].image: image {tmp_path / 'thin.png'} (2x500): ")
+    assert lines[2].startswith(f"{path}:67: messages[2].content[1].image: image {tmp_path / 'cut.jpg'} cannot be read")
+
+
+def test_check_decodes_each_picture_once(tmp_path, monkeypatch):
+    from mpi_mlx.models import images
+
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    shown = asks({"type": "image", "image": "a.png"}, {"type": "image", "image": "a.png"})
+    path = rows_of(tmp_path, 9, {1: shown, 5: shown, 9: shown})
+    decoded, load = [], images.load_image
+    monkeypatch.setattr(images, "load_image", lambda source: decoded.append(source) or load(source))
+    call("check", path, "--samples", 0)
+    assert decoded == [str(tmp_path / "a.png")]
+
+
+def test_check_says_which_files_of_a_document_were_read(tmp_path, capsys):
+    rows_of(tmp_path, 2, {})
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    for name in ("README.md", "01-returns.md", "02-refunds.md"):
+        (folder / name).write_text(f"# {name}\n\nSee ![fig1].\n")
+    Image.new("RGB", (28, 28)).save(folder / "box.png")
+    said = call("check", tmp_path, "--samples", 0)
+    assert "\n  read: 01-returns.md, 02-refunds.md, README.md\n  not read or shown: box.png\n" in said
+    assert f"warning: {folder / '01-returns.md'}:3: '![fig1].' is read as text; " in said
+    (folder / "policy.md").write_text("a\n\nb <|image_pad|>\n")
+    [line], out = refused(capsys, "data", "check", tmp_path)
+    assert line.startswith(f"{folder / 'policy.md'}:3: the text holds the image placeholder")
+    assert "\n  read: policy.md\n  not read or shown: 01-returns.md, 02-refunds.md, README.md, box.png\n" in out
+
+
+def test_generated_rows_are_sampled(monkeypatch):
+    from mpi_mlx.data.examples import Example
+    from mpi_mlx.data.measure import measured_rows
+
+    drawn = [Example(str(n), ({"role": "user", "content": "?"},)) for n in range(640)]
+    assert [e.id for e in measured_rows(drawn)] == [str(n) for n in range(0, 640, 10)]
+    read = [replace(e, source="a.jsonl:1") for e in drawn]
+    assert measured_rows(read) == read
