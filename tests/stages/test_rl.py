@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import DataError
 from mpi_mlx.models import load_model
+from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.recipe import RlStage
 from mpi_mlx.rollouts.groups import compute_advantages, overlong_penalty
 from mpi_mlx.rollouts.rewards import build_rewards
@@ -221,10 +222,11 @@ def test_refill_is_bounded(model, dataset):
 # ---- the loss
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_ratio_is_one_on_the_first_update(adapted, dataset, dropout):
+@pytest.mark.parametrize("dropout, checkpointing", [(0.0, False), (0.5, False), (0.5, True)])
+def test_the_ratio_is_one_on_the_first_update(adapted, dataset, dropout, checkpointing):
     """Then the loss is minus the advantages, with dropout too, which rl leaves out of sampling and updates alike."""
     model = short_spoken(adapted(dropout))
+    enable_gradient_checkpointing(model, checkpointing)
     spec = spec_of(policy_aware=2, clip_low=0.001, clip_high=0.001)
     batch = source_of(model, dataset, spec, lambda n, e: float(n == 0) + 0.3 * (n == 4)).batch(0)
     assert not model.net.training
