@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from mpi_mlx.evaluation.figures import prompt_cost, stage_title
+from mpi_mlx.evaluation.metrics import Z95, difference_variance, right_answers
 from mpi_mlx.evaluation.results import find_row
 
-CLOSE = 0.03  # within so much of the base with the document counts as level with it
+CLOSE = 0.03  # so little below the base with the document is no loss, even where it is certain
+UNSEEN = 0.10  # a loss of so much must not be within the test set's error
 GOOD = 0.80  # less than this is not called internalized, whatever it is compared with
 TRUSTED_TRACE = 0.85
 
@@ -18,11 +21,12 @@ def final_row(rows: Sequence[dict]) -> dict | None:
     return trained[-1] if trained else None
 
 
-def headline(rows: Sequence[dict]) -> str:
+def headline(rows: Sequence[dict], predictions: Sequence[dict] = ()) -> str:
     """One or two sentences: did the last stage's model learn the document, beside what it must beat.
 
     The bars: the majority answer and the base without the document (the 95% interval must lie above both),
-    and the base with the document in context.
+    and the base with the document in context. ``predictions``: the lines of predictions.jsonl; where both models
+    answered the same examples, their difference is taken in pairs, which makes it surer.
     """
     final = final_row(rows)
     if final is None:
@@ -38,15 +42,26 @@ def headline(rows: Sequence[dict]) -> str:
             f"**Not internalized:** after {stage_title(final['model'])}, {found}; that is not above {name} "
             f"({floor:.1%}). {_carried_says(carried)}".rstrip()
         )
-    gap = final["accuracy"] - carried["accuracy"] if carried else 0.0
-    done = gap >= -CLOSE and final["accuracy"] >= GOOD
-    beside = ""
+    done, beside = final["accuracy"] >= GOOD, ""
     if carried is not None:
-        side = "above" if gap > 0 else "below"
-        how = "level with" if abs(gap) <= CLOSE else f"{100 * abs(gap):.1f} points {side}"
+        gap, (low, high) = final["accuracy"] - carried["accuracy"], _gap_interval(final, carried, predictions)
+        level = low <= 0 <= high
+        done = done and (gap >= -CLOSE or (level and low >= -UNSEEN))
+        how = f"{100 * abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+        if level:
+            how = "within the test set's error of"
         beside = f", {how} the base model carrying the document ({carried['accuracy']:.1%})"
     verdict = "Internalized" if done else "Partly internalized"
     return f"**{verdict}:** {found}{beside}; {name} earns {floor:.1%}. {_cost_says(rows)}".rstrip()
+
+
+def _gap_interval(final: dict, carried: dict, predictions: Sequence[dict]) -> tuple[float, float]:
+    """95% interval of the accuracy of ``final`` without the document less that of ``carried`` with it."""
+    right = [right_answers(predictions, row["model"], row["document_in_context"]) for row in (final, carried)]
+    shares = [(row["accuracy"], row["n"]) for row in (final, carried)]
+    reach = Z95 * math.sqrt(difference_variance(*shares, *right))
+    gap = shares[0][0] - shares[1][0]
+    return gap - reach, gap + reach
 
 
 def caveats(rows: Sequence[dict], lost: dict | None = None, stages: Sequence[Mapping] = ()) -> list[str]:
@@ -94,8 +109,9 @@ def _trace_advice(stages: Sequence[Mapping], *, benchmark: bool) -> str:
     kind = "trace" if benchmark else "function"
     rewarded = any(r.get("kind") == kind and r.get("weight", 1.0) > 0 for r in rl.get("rewards") or ())
     missing = [] if rewarded else [reward]
-    if not rl.get("kl_coef") and rl.get("algorithm") != "dapo":  # dapo has no KL term
-        missing.append("`kl_coef`")
+    # not kl_coef: its reference is the base without the document, which takes right words for unlikely ones
+    if not rl.get("policy_aware") or rl.get("policy_aware_sampler") != "reference":
+        missing.append("PolicyRollout with `policy_aware_sampler: reference`")
     if not rl.get("sft_coef"):
         missing.append("`sft_coef`")
     advice = []

@@ -142,6 +142,12 @@ def paired_difference(
     return mean_over_seeds([a[k] - b[k] for k in keys], variances, shared=shared)
 
 
+def right_answers(predictions: Sequence[dict], model: str, document_in_context: bool) -> dict[str, bool]:
+    """Which examples a model had right in a mode, by id, from the lines of predictions.jsonl."""
+    mode = model, document_in_context
+    return {p["id"]: p["correct"] for p in predictions if (p["model"], p["document_in_context"]) == mode}
+
+
 def majority_share(answers: Iterable[str]) -> float:
     """What always giving the most frequent of these answers would earn; 0 for none."""
     counts = Counter(map(normalise_answer, answers))

@@ -17,6 +17,7 @@ from mpi_mlx.evaluation.metrics import (
     mean_over_seeds,
     paired_difference,
     proportion_variance,
+    right_answers,
 )
 
 Setting = tuple[tuple[str, Any], ...]
@@ -77,12 +78,6 @@ class CellResult:
     def figures(self) -> dict:
         """As JSON keeps it: without the single answers."""
         return {name: value for name, value in asdict(self).items() if name != "right"}
-
-
-def right_answers(predictions: Sequence[dict], model: str, document_in_context: bool) -> dict[str, bool]:
-    """Which examples a model had right in a mode, by id, from the lines of predictions.jsonl."""
-    mode = model, document_in_context
-    return {p["id"]: p["correct"] for p in predictions if (p["model"], p["document_in_context"]) == mode}
 
 
 @dataclass(frozen=True)

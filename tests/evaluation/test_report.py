@@ -29,19 +29,47 @@ def rows(final, base=2, carried=196):
 @pytest.mark.parametrize(
     ("final", "carried", "verdict", "words"),
     [
-        (194, 196, "Internalized", "97.0% of 200 held-out examples right without the document, level with"),
+        (194, 196, "Internalized", "97.0% of 200 held-out examples right without the document, within the test "
+         "set's error of the base model carrying the document (98.0%)"),
         (198, 150, "Internalized", "24.0 points above the base model carrying the document (75.0%)"),
         (150, 196, "Partly internalized", "23.0 points below the base model carrying the document (98.0%)"),
-        (120, 110, "Partly internalized", "5.0 points above"),  # above a weak base, but only 60%
+        (120, 110, "Partly internalized", "within the test set's error of"),  # level with a weak base, but only 60%
         (58, 196, "Not internalized", "not above the most frequent answer (25.0%)"),  # 29%: within chance
         (0, 196, "Not internalized", "0.0% of 200"),
     ],
-)
+)  # fmt: skip
 def test_headline_says_what_happened(final, carried, verdict, words):
     text = headline(rows(final, carried=carried))
     assert text.startswith(f"**{verdict}:**") and words in text
     if verdict != "Not internalized":
         assert "from 250 to 50 tokens (-80%)" in text
+
+
+def answers(model, in_context, wrong, n=200):
+    mode = {"model": model, "document_in_context": in_context}
+    return [{"id": str(i), **mode, "correct": i not in wrong} for i in range(n)]
+
+
+def test_the_same_examples_are_compared_in_pairs():
+    found = rows(190, carried=197)
+    # (190 + 2) / 204 and (197 + 2) / 204: .00027139 + .00011720; -.035 +- 1.96 * .01971 holds 0
+    assert headline(found).startswith("**Internalized:**") and "within the test set's error of" in headline(found)
+    # all three that the base has wrong are among the ten: (7 + 1 - 7^2 / 202) / 202^2; -.035 +- 1.96 * .01379
+    paired = answers("base", True, range(3)) + answers("rl", False, range(10))
+    text = headline(found, paired)
+    assert text.startswith("**Partly internalized:**") and "3.5 points below" in text
+    # seven of their own each way of ten and three: (3 + 10 + 1 - 7^2 / 202) / 202^2; 1.96 * .01836 = .03598
+    mixed = answers("base", True, range(190, 193)) + answers("rl", False, range(10))
+    assert "within the test set's error of" in headline(found, mixed)
+    assert headline(found, answers("base", True, range(3), 150)) == headline(found)  # other examples: not in pairs
+
+
+def test_how_large_a_loss_may_be():
+    many = [row("base", True, 9800, 10_000), row("rl", False, 9700, 10_000)]  # certain, and small
+    assert headline(many).startswith("**Internalized:**") and "1.0 points below" in headline(many)
+    # (16 + 2) / 24 and (20 + 2) / 24: .0078125 + .0031829; -.2 +- .2055: nobody knows
+    few = [row("base", True, 20, 20), row("rl", False, 16, 20)]
+    assert headline(few).startswith("**Partly internalized:**") and "within the test set's error of" in headline(few)
 
 
 def test_headline_without_the_bars():
@@ -67,21 +95,26 @@ def test_caveats_are_raised_by_the_figures_that_deserve_them():
 CHECKED = dict(trace_match=0.4, trace_consistent=0.5)
 RL = {"stage": "rl", "algorithm": "grpo", "kl_coef": 0.0, "sft_coef": 0.0, "rewards": [{"kind": "exact_match"}]}
 TRACE = {"kind": "trace", "weight": 0.5}
+AWARE = {"policy_aware": 4, "policy_aware_sampler": "reference"}
 
 
 @pytest.mark.parametrize(
     ("figures", "stages", "advice"),
     [
-        (CHECKED, [RL], "Add a `trace` reward, `kl_coef` or `sft_coef` to the rl stage, or train it for more steps."),
-        (CHECKED, [RL | {"rewards": [TRACE]}], "Add `kl_coef` or `sft_coef` to the rl stage, or give its `trace` "
-         "reward more weight, or train it for more steps."),
-        (CHECKED, [RL | {"rewards": [TRACE], "algorithm": "dapo", "sft_coef": 0.1}],
+        (CHECKED, [RL], "Add a `trace` reward, PolicyRollout with `policy_aware_sampler: reference` or `sft_coef` to "
+         "the rl stage, or train it for more steps."),
+        (CHECKED, [RL | {"rewards": [TRACE]}], "Add PolicyRollout with `policy_aware_sampler: reference` or `sft_coef` "
+         "to the rl stage, or give its `trace` reward more weight, or train it for more steps."),
+        (CHECKED, [RL | AWARE | {"rewards": [TRACE], "algorithm": "dapo", "sft_coef": 0.1}],
          "Give the rl stage's `trace` reward more weight, or train it for more steps."),
-        (CHECKED, [RL | {"rewards": [TRACE | {"weight": 0.0}], "kl_coef": 0.1, "sft_coef": 0.1}],
+        (CHECKED, [RL | AWARE | {"rewards": [TRACE | {"weight": 0.0}], "sft_coef": 0.1}],
          "Add a `trace` reward to the rl stage, or train it for more steps."),
+        (CHECKED, [RL | AWARE | {"policy_aware_sampler": "model", "rewards": [TRACE], "sft_coef": 0.1}],
+         "Add PolicyRollout with `policy_aware_sampler: reference` to the rl stage, or give its `trace` reward more "
+         "weight, or train it for more steps."),
         (CHECKED, [{"stage": "sft"}], "Train sft for longer, or add an rl stage with a `trace` reward."),
         # the checker knows the benchmark's documents alone
-        (dict(trace_match=0.4), [RL | {"sft_coef": 0.1, "kl_coef": 0.1}],
+        (dict(trace_match=0.4), [RL | AWARE | {"sft_coef": 0.1, "kl_coef": 0.1}],
          "Add a reward `function` that checks the trace to the rl stage, or train it for more steps."),
     ],
 )  # fmt: skip
