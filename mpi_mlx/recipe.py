@@ -34,7 +34,7 @@ __all__ = [
     "PretrainStage", "Recipe", "RlStage", "SftStage", "load_recipe", "parse_recipe", "shipped_recipes",
 ]  # fmt: skip
 USUAL = "recipe"  # a file of this name is called by its folder's
-OF_A_RUN = ("environment.json", "progress.json")  # what a run's folder has beside its recipe.yaml
+OF_A_RUN = ("environment.json", "progress.json", "lock")  # what a run's folder has beside its recipe.yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), output: str | Path | None = None) -> Recipe:

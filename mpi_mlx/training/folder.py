@@ -18,7 +18,7 @@ from mpi_mlx.recipe_changes import recipe_changes, refused, told
 from mpi_mlx.training import world
 from mpi_mlx.training.checkpoint import checkpoints
 from mpi_mlx.training.inputs import changed, input_hashes
-from mpi_mlx.training.lock import FolderLock
+from mpi_mlx.training.lock import LOCK, FolderLock
 
 PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
 
@@ -49,7 +49,7 @@ class RunFolder:
                     f"{path.absolute()} holds no run to go on with; give the run's folder "
                     "(mpi-mlx train RUN --resume) or its --output, or begin one without --resume"
                 )
-            if path.exists() and any(path.iterdir()):
+            if path.exists() and any(found.name != LOCK for found in path.iterdir()):
                 raise CheckpointError(f"{path} is not empty and holds no run; choose another --output")
             return
         if writes:

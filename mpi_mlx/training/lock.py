@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpi_mlx.errors import CheckpointError
 
-NAME = "lock"  # kept afterwards: one that is deleted could be held twice
+LOCK = "lock"  # kept afterwards: one that is deleted could be held twice
 
 
 class FolderLock:
@@ -23,7 +23,7 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows
             return
-        self._file = open(folder / NAME, "a+", encoding="utf-8")
+        self._file = open(folder / LOCK, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

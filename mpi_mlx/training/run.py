@@ -46,7 +46,7 @@ def train(recipe, *, resume: bool = False) -> Iterator[object]:
     """Runs ``recipe`` and yields the reports of :mod:`mpi_mlx.training.reports`.
 
     ``resume`` goes on from the newest checkpoint of ``recipe.output``; the numbers are those of a run that
-    was never stopped. Without it the output folder must be new.
+    was never stopped. Without it the output folder must be new, with it hold the run.
 
     Raises:
         MPIError: a bad recipe, dataset, model or folder; before anything is trained where that can be.

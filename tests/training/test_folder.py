@@ -14,6 +14,7 @@ from small_runs import STAGES, adapters, metrics, write_recipe
 from mpi_mlx.errors import CheckpointError
 from mpi_mlx.recipe import load_recipe
 from mpi_mlx.training import checkpoint
+from mpi_mlx.training import folder as folder_module
 from mpi_mlx.training.folder import RunFolder
 from mpi_mlx.training.reports import Interrupted, Message, RunFinished, StageStarted, StepReport
 from mpi_mlx.training.run import request_stop, train
@@ -237,6 +238,24 @@ def test_two_that_begin_at_once(base, tmp_path):
     first.close()
     with pytest.raises(CheckpointError, match="already holds a run"):
         RunFolder.begin(second)
+
+
+@pytest.mark.parametrize("name", ["recipe", "environment"])
+def test_a_disk_that_is_full_at_the_start(base, tmp_path, monkeypatch, name):
+    """What little was written is no obstacle afterwards."""
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", base, [SFT], evaluation={"after": []}))
+    recipe = recipe.model_copy(update={"output": str(tmp_path / "run")})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(folder_module, "write_text_atomic" if name == "recipe" else "write_json_atomic", full)
+        list(train(recipe))
+    if name == "environment":
+        recipe = load_recipe(tmp_path / "run")
+        assert recipe.output == str(tmp_path / "run")
+    assert isinstance(list(train(recipe, resume=name == "environment"))[-1], RunFinished)
 
 
 def test_a_disk_that_fills_up_in_a_checkpoint(base, tmp_path, capsys, monkeypatch):
