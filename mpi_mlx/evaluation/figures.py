@@ -38,17 +38,32 @@ def stage_title(name: str) -> str:
 
 
 def load_metrics(run: str | Path) -> list[dict]:
-    """The steps of metrics.jsonl, one flat dictionary each; a half-written last line is left out."""
+    """The steps of metrics.jsonl, one flat dictionary each; a half-written last line is left out.
+
+    What a look at the validation set found, a line of its own after its step's, is ``validation_loss`` of the step.
+    """
     path = Path(run) / "metrics.jsonl"
-    rows = []
+    rows: list[dict] = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            rows.append({**row.get("metrics", {}), **row})
+            if "validation_loss" in row and "loss" not in row:
+                _note_validation(rows, row)
+            else:
+                rows.append({**row.get("metrics", {}), **row})
     return rows
+
+
+def _note_validation(rows: list[dict], found: dict) -> None:
+    """Gives the last row of the same stage and step its validation loss."""
+    place = found["stage"], found["step"]
+    for row in reversed(rows):
+        if (row["stage"], row["step"]) == place:
+            row["validation_loss"] = found["validation_loss"]
+            return
 
 
 def draw_run_figures(run: str | Path) -> dict[str, Path]:
@@ -78,7 +93,8 @@ def by_stage(metrics: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def draw_loss(metrics: Sequence[dict], path: Path) -> Path:
-    """A panel a stage; held-out loss as dots where the stage measured it. RL's is the surrogate."""
+    """A panel a stage; held-out loss as dots where the stage measured it. RL's is the surrogate, and what it has
+    held out is the share of wrong answers, on an axis of its own."""
     stages = by_stage(metrics)
     width = max(8.0, 3.6 * len(stages))
     with figure(path, columns=len(stages), size=(width, 4.0), title="Loss of each stage") as axes:
@@ -88,10 +104,7 @@ def draw_loss(metrics: Sequence[dict], path: Path) -> Path:
             draw_smoothed(axis, steps, [r["loss"] for r in rows], color, "train")
             held = [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]
             if held:
-                held_steps, losses = zip(*held, strict=True)
-                style = {"color": GREEN, "linewidth": 1.4, "label": "validation", "clip_on": False}
-                axis.plot(held_steps, losses, "o--", **style)
-                axis.legend()
+                _draw_validation(axis, held, own_axis=stage == "rl")
             axis.set_title(stage_title(stage))
             axis.set_xlabel("step")
             axis.set_xlim(min(steps), max(max(steps), min(steps) + 1))
@@ -99,6 +112,19 @@ def draw_loss(metrics: Sequence[dict], path: Path) -> Path:
             if stage != "rl":
                 axis.set_ylim(bottom=0)
     return path
+
+
+def _draw_validation(axis, held: Sequence[tuple[int, float]], *, own_axis: bool) -> None:
+    steps, losses = zip(*held, strict=True)
+    style = {"color": GREEN, "linewidth": 1.4, "label": "validation", "clip_on": False}
+    if own_axis:
+        axis = axis.twinx()
+        axis.set_ylabel("wrong answers, validation", color=GREEN)
+        axis.grid(False)
+        percent_axis(axis)
+    axis.plot(steps, losses, "o--", **style)
+    if not own_axis:
+        axis.legend()
 
 
 def draw_reward(metrics: Sequence[dict], path: Path) -> Path:
