@@ -16,7 +16,7 @@ import numpy as np
 
 from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN, split_completion
 from mpi_mlx.data.examples import Example
-from mpi_mlx.data.policy_tree import PolicyTree, check_trace
+from mpi_mlx.data.policy_tree import PolicyTree, check_trace, tree_of
 from mpi_mlx.errors import DataError, RecipeError
 from mpi_mlx.rollouts.tool_calls import tool_call_score
 from mpi_mlx.rollouts.user_function import load_user_function
@@ -174,14 +174,14 @@ def _json(completion: str, example: Example, *, keys: tuple[str, ...]) -> float:
 
 def trace(completion: str, example: Example) -> float:
     """How true the trace is to the document and to itself (policy_tree.check_trace); needs no gold trace."""
-    raw = example.meta.get("tree")
-    if raw is None:
+    tree = _tree(json.dumps(example.meta.get("tree")))
+    if tree is None:
         raise DataError(
             f"example {example.id!r}: reward trace needs meta.tree, which the built-in benchmark writes; "
             "for your own documents use kind: function"
         )
     reasoning, answer = split_completion(completion)
-    return float(check_trace(reasoning, answer, _tree(json.dumps(raw))))
+    return float(check_trace(reasoning, answer, tree))
 
 
 def _no_trace(completion: str, example: Example) -> float:
@@ -190,8 +190,8 @@ def _no_trace(completion: str, example: Example) -> float:
 
 
 @lru_cache(maxsize=32)
-def _tree(raw: str) -> PolicyTree:
-    return PolicyTree.from_dict(json.loads(raw))
+def _tree(raw: str) -> PolicyTree | None:
+    return tree_of({"tree": json.loads(raw)})
 
 
 # ---- small helpers

@@ -147,6 +147,8 @@ def test_trace_is_judged_by_the_tree_not_by_a_gold_trace():
     assert values("trace", texts, [row] * 4) == [1.0, 0.5, 0.25, 0.0]
     with pytest.raises(DataError, match="meta.tree"):
         values("trace", ["b"], [example("b")])
+    with pytest.raises(DataError, match="meta.tree"):  # a tree of the user's own
+        values("trace", ["b"], [example("b", meta={"tree": "oak"})])
 
 
 def test_a_trace_earns_nothing_where_none_is_wanted():
