@@ -63,6 +63,7 @@ class Adapter:
     saved: dict[str, Entry] = field(default_factory=dict)
     base: str | None = None
     base_quantization: dict = field(default_factory=dict)
+    max_pixels: int | None = None  # the limit on images' pixels that it was trained with, if it is known
 
 
 def read_float32(tensor: Stored) -> np.ndarray:
@@ -160,6 +161,7 @@ def read_mlx_adapter(folder: Path, family: Family) -> Adapter:
         saved,
         own.get("base"),
         config.get("base_quantization", {}),
+        own.get("max_pixels"),
     )
 
 
@@ -198,6 +200,8 @@ def write_mlx_adapter(
         },
         "mpi_mlx": {"base": base, "alpha": alpha, "kind": adapter.kind},
     }
+    if adapter.max_pixels:
+        config["mpi_mlx"]["max_pixels"] = adapter.max_pixels
     if base_quantization:
         config["base_quantization"] = base_quantization
     write_file(folder / MLX_WEIGHTS, outputs, "mlx")

@@ -96,6 +96,11 @@ def base_of(folder: Path, adapter: Adapter) -> Path | None:
         return None
 
 
+def limit_of(folder: Path, adapter: Adapter) -> int | None:
+    """The limit on images' pixels that an adapter was trained with, as it or its run's recipe has it."""
+    return adapter.max_pixels or (run_recipe(folder).get("model") or {}).get("max_pixels")
+
+
 @contextmanager
 def view(folder: Path, library: str, report: ConversionReport, beside: Path) -> Iterator[Path | None]:
     """A folder of the same weights that ``library`` ("mlx" or "torch") loads right.

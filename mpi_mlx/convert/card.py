@@ -22,6 +22,13 @@ def front_matter(path: Path) -> dict:
     return head if isinstance(head, dict) else {}
 
 
+def recorded_on_card(folder: Path) -> int | None:
+    """The limit on images' pixels that ``to-peft`` put on an adapter's card, or None."""
+    own = front_matter(folder / "README.md").get("mpi_mlx")
+    limit = own.get("max_pixels") if isinstance(own, dict) else None
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def original(source: str, folder: Path | None) -> str:
     """What a folder that ``to-mlx`` wrote was made from, by its card; else the source as it is named."""
     if folder is None or not Path(source).expanduser().is_dir():
@@ -52,12 +59,21 @@ def write_card(
     adapter: dict | None = None,
     license_from: Path | None = None,
     license: str | None = None,
+    max_pixels: int | None = None,
+    peft: bool = False,
 ) -> None:
-    """Write README.md: base, stages, the document's hash and the license, as far as they are known."""
+    """Write README.md: base, stages, the document's hash and the license, as far as they are known.
+
+    ``max_pixels``: the limit on images' pixels, where it is another than the base's. ``peft``: it is an adapter's card,
+    which alone can carry that limit.
+    """
     named, file = find_license(license_from)
     license = license or named
     base = original(source, license_from)
-    head: dict = {"library_name": "mlx", "tags": ["mlx", "mpi-mlx"], "base_model": base}
+    library = "peft" if peft else "mlx"
+    head: dict = {"library_name": library, "tags": [library, "mpi-mlx"], "base_model": base}
+    if peft and max_pixels:
+        head["mpi_mlx"] = {"max_pixels": max_pixels}
     if license:
         head["license"] = license
     rows = [("Base", f"`{base}`" + (f", as in `{source}`" if base != source else ""))]
@@ -70,17 +86,19 @@ def write_card(
         )
     if adapter:
         rows.append(("Adapter", ", ".join(f"{k} {v}" for k, v in adapter.items())))
-    rows.append(
-        ("Weights", f"{quantize}-bit, MLX only" if quantize else "for mlx-vlm or mlx-lm and transformers 5")
-    )
+    if max_pixels:
+        rows.append(("Images", f"at most {max_pixels:,} pixels each (`max_pixels`), as in training"))
+    weights = f"{quantize}-bit, MLX only" if quantize else "for mlx-vlm or mlx-lm and transformers 5"
+    rows.append(("Weights", "an adapter for peft" if peft else weights))
     text = license or "the base names none: ask its authors before you pass this on"
     rows.append(("License", text + (f" (see {file})" if file else "")))
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
     title = re.sub(r"^\.(.+)\.\d+\.partial$", r"\1", work.name)
     if stages:
-        told = "A model with its policy document trained into the weights; it answers without the document."
+        what = "An adapter" if peft else "A model"
+        told = f"{what} with its policy document trained into the weights; it answers without the document."
     else:
-        told = "A converted checkpoint."
+        told = "A converted adapter." if peft else "A converted checkpoint."
     (work / "README.md").write_text(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{told}\n\n"
         f"| | |\n|---|---|\n{table}\n"

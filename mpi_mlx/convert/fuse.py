@@ -10,7 +10,7 @@ import numpy as np
 from mpi_mlx.convert import checks
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.adapters import Adapter, LowRank, check_fit, find_adapter, read_mlx_adapter
-from mpi_mlx.convert.bases import document_of, run_recipe, stages_of, view
+from mpi_mlx.convert.bases import document_of, limit_of, run_recipe, stages_of, view
 from mpi_mlx.convert.card import write_card
 from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.folders import check_disk, find_source, staged
@@ -19,6 +19,7 @@ from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import DTYPE_NAMES, SHARD_BYTES, from_float32, to_float32
 from mpi_mlx.convert.weights import float32_bytes, quantize_in_place, read_layout, write_folder, written_bytes
 from mpi_mlx.errors import ConversionError
+from mpi_mlx.models.pixels import stated_limit, write_limit
 
 
 def fuse(
@@ -54,6 +55,7 @@ def fuse(
         )
         report.action = action
         report.notes += notes
+        limit = _limit_pictures(work, limit_of(folder, adapter), layout, report)
         if check:
             with view(base_folder, "mlx", report, work) as in_mlx:
                 sides = [Side("base and adapter", "mlx", in_mlx, folder)] if in_mlx else []
@@ -73,8 +75,26 @@ def fuse(
             document=document_of(folder, recipe),
             adapter={"kind": adapter.kind, "rank": adapter.rank, "scale": adapter.scale},
             license_from=base_folder,
+            max_pixels=limit,
         )
     return report
+
+
+def _limit_pictures(work: Path, limit: int | None, layout: Layout, report: ConversionReport) -> int | None:
+    """Write the limit on images' pixels that the adapter was trained with into the result's processor files.
+
+    Returns it, or None where the result has it from its base or has no images.
+    """
+    if limit is None or layout.family.text_only or stated_limit(work) == limit:
+        return None
+    if write_limit(work, limit):
+        report.notes.append(f"an image is cut down to {limit:,} pixels (max_pixels), as in training")
+    else:
+        report.notes.append(
+            f"images had at most {limit:,} pixels in training (max_pixels); the processor of {layout.family.name} "
+            "has no such setting: make them so small yourself"
+        )
+    return limit
 
 
 def _recorded_base(folder: Path) -> Path:

@@ -15,8 +15,8 @@ from mpi_mlx.convert.adapters import (
     read_mlx_adapter,
     write_mlx_adapter,
 )
-from mpi_mlx.convert.bases import base_of, view
-from mpi_mlx.convert.card import write_card
+from mpi_mlx.convert.bases import base_of, document_of, limit_of, run_recipe, stages_of, view
+from mpi_mlx.convert.card import recorded_on_card, write_card
 from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Layout, head_and_embedding, same_values, untie
@@ -24,6 +24,7 @@ from mpi_mlx.convert.peft_files import read_peft_adapter, write_peft_adapter
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.weights import float32_bytes, is_quantized, read_layout, write_folder, written_bytes
 from mpi_mlx.errors import ConversionError
+from mpi_mlx.models.pixels import stated_limit
 
 # --- PEFT -> MLX -------------------------------------------------------------------------------------------
 
@@ -46,6 +47,7 @@ def from_peft(
     _, layout = read_layout(base_folder)
     family = layout.family
     adapter = read_peft_adapter(folder, family)
+    adapter.max_pixels = recorded_on_card(folder)
     needs_model = _apply_saved(layout, adapter)
     check_fit(adapter, {n: e.shape for n, e in layout.entries.items()}, folder)
     final = Path(destination).expanduser()
@@ -53,9 +55,9 @@ def from_peft(
     if needs_model:
         check_disk(final, written_bytes(layout))
     with staged(final, overwrite=overwrite) as work:
-        own = Path(base).expanduser()
+        given = Path(base).expanduser()
         # the adapter is loaded from anywhere: a folder is named in full
-        named = str(final.absolute() / "model") if needs_model else str(own.absolute() if own.is_dir() else base)
+        named = str(final.absolute() / "model") if needs_model else str(given.absolute() if given.is_dir() else base)
         report = ConversionReport("from-peft", final, family.name)
         model = base_folder
         if needs_model:
@@ -145,6 +147,7 @@ def to_peft(
             report.notes.append(
                 "the adapter was trained on a quantized base; on the float base it is off by that much"
             )
+        _card(work, folder, adapter, base, base_folder, report)
         if check:
             # the source runs on its own base, which has the modules that become modules_to_save
             own = base_folder if quantized or not trained_on else trained_on
@@ -153,6 +156,27 @@ def to_peft(
                 sides += [Side("peft on the result", "torch", in_torch, work)] if in_torch else []
                 checks.check_logits(report, layout.config, sides, float32_bytes(layout))
     return report
+
+
+def _card(
+    work: Path, folder: Path, adapter: Adapter, base: str | Path, base_folder: Path, report: ConversionReport
+) -> None:
+    """The adapter's card, with the limit on images' pixels where the base has another: a note says so, too."""
+    limit = limit_of(folder, adapter)
+    if limit == stated_limit(base_folder) or fam.FAMILIES[report.family].text_only:
+        limit = None
+    if limit:
+        report.notes.append(
+            f"images had at most {limit:,} pixels in training; an adapter cannot say so to peft: load the base's "
+            f"processor with max_pixels={limit}"
+        )
+    recipe = run_recipe(folder)
+    write_card(
+        work, source=str(base), action="to-peft", stages=stages_of(folder, recipe),
+        document=document_of(folder, recipe),
+        adapter={"kind": adapter.kind, "rank": adapter.rank, "scale": adapter.scale},
+        license_from=base_folder, max_pixels=limit, peft=True,
+    )  # fmt: skip
 
 
 def _add_changed_modules(adapter: Adapter, layout: Layout, base_folder: Path, folder: Path) -> None:

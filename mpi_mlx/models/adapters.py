@@ -15,6 +15,7 @@ from mpi_mlx.models.base import Model
 from mpi_mlx.models.folders import check_safetensors
 from mpi_mlx.models.lora import linears, lora_scale, put_layers
 from mpi_mlx.models.lora_layers import DoRALinear, LoRALinear
+from mpi_mlx.models.pixels import pixel_limit
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -30,7 +31,10 @@ def adapter_tensors(model: Model) -> dict[str, mx.array]:
 
 
 def adapter_config(model: Model) -> dict:
-    """adapter_config.json's content for a model with adapters."""
+    """adapter_config.json's content for a model with adapters.
+
+    It holds the limit on images' pixels, too: another one shows the adapter pictures that it has not seen so.
+    """
     spec = model.lora_spec
     names = [
         name for name, module in model.net.named_modules() if isinstance(module, (LoRALinear, DoRALinear))
@@ -49,6 +53,8 @@ def adapter_config(model: Model) -> dict:
         },
         "mpi_mlx": {"base": model.base, "alpha": spec.alpha, "kind": spec.kind},
     }
+    if (limit := pixel_limit(model)) is not None:
+        config["mpi_mlx"]["max_pixels"] = limit
     if model.quantization:
         config["base_quantization"] = model.quantization
     return config
@@ -72,6 +78,16 @@ def save_adapter(model: Model, folder: str | os.PathLike, spec: Any = None) -> N
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(path, folder / name)
+
+
+def recorded_limit(folder: str | os.PathLike) -> int | None:
+    """``max_pixels`` of the model that a saved adapter was trained on; None where it does not say."""
+    try:
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        limit = config["mpi_mlx"]["max_pixels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # load_adapter says what is wrong with the rest
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def load_adapter(model: Model, folder: str | os.PathLike) -> None:

@@ -51,7 +51,8 @@ def load_model(
             checkpoint brings is never run.
         quantize: 4 or 8 bits for the text stack's weights (QLoRA); on CPU they are rounded so and kept in
             float32, the same numbers at full speed.
-        max_pixels: upper bound on an image's pixels before it is cut into patches.
+        max_pixels: upper bound on an image's pixels before it is cut into patches; by default the adapter's, where it
+            has recorded one, else the base's own.
         dtype: of the unquantized weights; by default float32 on CPU, else the checkpoint's if 16-bit, else
             ``runtime.default_dtype()``. The embedded model stays float32.
         adapter: a folder with ``adapters.safetensors``, put on strictly.
@@ -73,6 +74,10 @@ def load_model(
     quantization = _prepare(net, dtype, quantize, str(base).startswith("embedded:"))
     net.freeze()
     net.eval()
+    if max_pixels is None and adapter is not None and multimodal:
+        from mpi_mlx.models.adapters import recorded_limit
+
+        max_pixels = recorded_limit(adapter)
     model = _assemble(net, folder, config, os.fspath(base), max_pixels)
     model.quantization = quantization
     runtime.fit_threads(sum(value.size for _, value in tree_flatten(net.parameters())))

@@ -140,11 +140,13 @@ def _adapter(folder: Path) -> Target:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ServingError(f"{folder / 'adapter_config.json'} is broken ({error}); copy it again") from None
-    base = config.get("mpi_mlx", {}).get("base") or config.get("base_model_name_or_path")
+    own = config.get("mpi_mlx", {})
+    base = own.get("base") or config.get("base_model_name_or_path")
     if not base:
         raise ServingError(f"{folder} does not name its base; serve the base with --adapter NAME={folder}")
     target = _with_generation_defaults(Target(name=resolved.name, base=base))
-    return replace(target, adapter=folder, trained=True)
+    options = {"max_pixels": own["max_pixels"]} if own.get("max_pixels") else {}
+    return replace(target, adapter=folder, trained=True, options=options)
 
 
 def _with_generation_defaults(target: Target) -> Target:
