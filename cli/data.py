@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -62,7 +63,7 @@ def clevr_policy(
         write_dataset(out, dataset, recipe=recipe, workers=workers, progress=progress)
     counts = ", ".join(f"{name} {len(dataset.splits[name])}" for name in written_splits(dataset))
     typer.echo(f"{out}: document of {len(dataset.document.text)} characters; {counts}")
-    typer.echo(f"next: mpi-mlx data check {out}   or   mpi-mlx train {out / 'recipe.yaml'}")
+    typer.echo(f"next: mpi-mlx data check {quote(str(out))}   or   mpi-mlx train {quote(str(out / 'recipe.yaml'))}")
 
 
 def _benchmark(wanted: dict):

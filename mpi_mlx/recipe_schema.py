@@ -176,6 +176,12 @@ class Recipe(Spec):
         numbers = [kinds[: i + 1].count(kind) for i, kind in enumerate(kinds)]
         return tuple(k if kinds.count(k) == 1 else f"{k}{n}" for k, n in zip(kinds, numbers, strict=True))
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether the agent is to reason before it answers: what the last stage that says so wants."""
+        said = [stage.reasoning for stage in self.stages if hasattr(stage, "reasoning")]
+        return said[-1] if said else True
+
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; ``load_recipe`` reads it back the same."""
         raw = self.model_dump()

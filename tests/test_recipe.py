@@ -389,3 +389,13 @@ def test_merged_blocks_keep_their_lines(put):
 def test_a_recipe_made_in_python_says_what_contradicts():
     with pytest.raises(ValueError, match="steps: missing; give steps or epochs"):
         Recipe.model_validate({"model": {}, "data": {"benchmark": "clevr_policy"}, "stages": [{"stage": "sft"}]})
+
+
+@pytest.mark.parametrize("stages, wanted", [
+    ("[{stage: cpt, steps: 1, reasoning: false}, {stage: rl, steps: 1, reasoning: false}]", False),
+    ("[{stage: sft, steps: 1, reasoning: false}]", False),
+    ("[{stage: sft, steps: 1}]", True),
+])  # fmt: skip
+def test_whether_the_agent_reasons_is_said_by_the_last_stage(stages, wanted):
+    data = "data: {benchmark: clevr_policy, modality: text, depth: 3, seed: 7}"
+    assert parse_recipe(f"model: {{base: embedded:tiny}}\nstages: {stages}\n{data}\n").reasoning is wanted

@@ -117,7 +117,7 @@ def finished(folder: Path, recipe) -> CellResult | None:
         return None
     if (folder / "recipe.yaml").read_text(encoding="utf-8") != recipe.to_yaml():
         raise CheckpointError(
-            f"{folder} holds a cell of another recipe; choose another --output, or delete that folder"
+            f"{folder} holds a cell of another recipe; choose another --output"
         )
     return json.loads((folder / DONE).read_text(encoding="utf-8"))
 

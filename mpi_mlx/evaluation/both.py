@@ -101,9 +101,8 @@ def repeat_evaluation(
         rows = evaluate_both(output, model, dataset, label="base", anew=True, **options)
     if whole:
         model = load_model(str(whole), **weights)
-    reasoning = next((s.reasoning for s in recipe.stages if s.stage == "sft"), True)
     last = recipe.labels[-1]
-    rows += evaluate_both(output, model, dataset, label=last, reasoning=reasoning, **options)
+    rows += evaluate_both(output, model, dataset, label=last, reasoning=recipe.reasoning, **options)
     return rows, write_report(output, evaluated(dataset, recipe.evaluation), recipe=recipe.to_yaml())
 
 

@@ -38,10 +38,7 @@ def stage_title(name: str) -> str:
 
 
 def load_metrics(run: str | Path) -> list[dict]:
-    """The steps of metrics.jsonl, one flat dictionary each; a half-written last line is left out.
-
-    What a look at the validation set found, a line of its own after its step's, is ``validation_loss`` of the step.
-    """
+    """The steps of metrics.jsonl, one flat dictionary each; a half-written last line is left out."""
     path = Path(run) / "metrics.jsonl"
     rows: list[dict] = []
     if path.is_file():
@@ -50,20 +47,8 @@ def load_metrics(run: str | Path) -> list[dict]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if "validation_loss" in row and "loss" not in row:
-                _note_validation(rows, row)
-            else:
-                rows.append({**row.get("metrics", {}), **row})
+            rows.append({**row.get("metrics", {}), **row})
     return rows
-
-
-def _note_validation(rows: list[dict], found: dict) -> None:
-    """Gives the last row of the same stage and step its validation loss."""
-    place = found["stage"], found["step"]
-    for row in reversed(rows):
-        if (row["stage"], row["step"]) == place:
-            row["validation_loss"] = found["validation_loss"]
-            return
 
 
 def draw_run_figures(run: str | Path) -> dict[str, Path]:

@@ -44,7 +44,7 @@ def write_report(run: str | Path, examples: Sequence[Example] = (), *, recipe: s
     metrics = load_metrics(run)
     blocks = [
         f"# {run.resolve().name}",
-        *_summary(results, (yaml.safe_load(recipe or "") or {}).get("stages") or ()),
+        *_summary(run, results, (yaml.safe_load(recipe or "") or {}).get("stages") or ()),
         results_table(results["rows"]),
         *(f"![{FIGURES[name]}]({figures[name].relative_to(run)})" for name in FIGURES if name in figures),
         *_stages(metrics, results),
@@ -56,11 +56,11 @@ def write_report(run: str | Path, examples: Sequence[Example] = (), *, recipe: s
     return run / "report.md"
 
 
-def _summary(results: dict, stages: Sequence[dict]) -> list[str]:
+def _summary(run: Path, results: dict, stages: Sequence[dict]) -> list[str]:
     if not results["rows"]:
         return ["Not evaluated yet."]
     warnings = caveats(results["rows"], forgetting(results.get("perplexity", {})), stages)
-    return [headline(results["rows"]), "\n".join(f"> {w}" for w in warnings)]
+    return [headline(results["rows"], load_predictions(run)), "\n".join(f"> {w}" for w in warnings)]
 
 
 def results_table(rows: Sequence[dict]) -> str:

@@ -180,25 +180,29 @@ class _Run:
         for report in fit(
             module, source, objective, spec, total=total, seed=seed, optimizer=optimizer, start=start
         ):
-            folder.append_metrics({"stage_index": index, **asdict(report)})
+            last = step = report.step
+            row, loss = {"stage_index": index, **asdict(report)}, None
+            looks = spec.validate_every and (step % spec.validate_every == 0 or step == total)
+            if not looks:
+                folder.append_metrics(row)
             if self.recorders:
                 self.recorders.step(index, report)
             yield report
-            last = step = report.step
             stop = self._stop_everywhere()
-            if spec.validate_every and (step % spec.validate_every == 0 or step == total):
+            if looks:
                 loss = validation(self.model, spec, self.dataset)
-                if loss is not None:
-                    validated = ValidationReport(spec.stage, step, loss)
-                    if self.recorders:
-                        self.recorders.validation(index, validated)
-                    yield validated
-                    best = Best.after(best, step, loss, spec)
-                    if best is not None and best.step == step:
-                        save(step)
-                    if best is not None and best.waited(step, spec):
-                        yield Message(f"{spec.stage}: no better since step {best.since}; stopping early")
-                        stop = "early"
+                folder.append_metrics(row if loss is None else {**row, "validation_loss": loss})
+            if loss is not None:
+                validated = ValidationReport(spec.stage, step, loss)
+                if self.recorders:
+                    self.recorders.validation(index, validated)
+                yield validated
+                best = Best.after(best, step, loss, spec)
+                if best is not None and best.step == step:
+                    save(step)
+                if best is not None and best.waited(step, spec):
+                    yield Message(f"{spec.stage}: no better since step {best.since}; stopping early")
+                    stop = "early"
             if stop == "early":
                 break
             if (step % spec.save_every == 0 and step < total) or stop:
@@ -266,10 +270,10 @@ class _Run:
 
     def _evaluate_mode(self, label: str, document) -> Iterator[object]:
         """Every process answers its share; rank 0 writes. A stop is looked at after each batch but the last."""
-        reasoning = next((s.reasoning for s in self.recipe.stages if s.stage == "sft"), True)
         in_context = document is not None
         work = evaluation(
-            self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation, reasoning=reasoning
+            self.model, self.dataset.test, document, label=label, spec=self.recipe.evaluation,
+            reasoning=self.recipe.reasoning,
         )
         while True:
             try:

@@ -54,31 +54,14 @@ def written(run, lines):
     return run
 
 
-def held(stage, number, loss):
-    """A look at the validation set, as a run writes it: a line of its own."""
-    return {"stage": stage, "step": number, "validation_loss": loss}
-
-
-def test_validation_belongs_to_the_step_that_it_follows(tmp_path):
-    lines = [
-        step("sft", 0, 1), step("sft", 0, 2), held("sft", 2, 0.5), step("sft", 1, 1), step("sft", 1, 2),
-        held("sft", 2, 0.25), held("cpt", 9, 3.0),
-    ]  # fmt: skip
-    found = load_metrics(written(tmp_path, lines))
-    assert [(r["stage_index"], r["step"], r.get("validation_loss")) for r in found] == [
-        (0, 1, None), (0, 2, 0.5), (1, 1, None), (1, 2, 0.25)
-    ]
-    assert found[1]["loss"] == 0.5 and found[3]["stage"] == "sft"
-
-
 def test_loss_has_a_panel_a_stage_and_validation_dots(tmp_path):
     sft, rl = ([step(stage, at, n) for n in range(1, 20)] for at, stage in enumerate(("sft", "rl")))
-    metrics = load_metrics(written(tmp_path, [*sft[:5], held("sft", 5, 0.5), *sft[5:], *rl]))
+    metrics = load_metrics(written(tmp_path, [*sft[:4], {**sft[4], "validation_loss": 0.5}, *sft[5:], *rl]))
     path = draw_loss(metrics, tmp_path / "l.png")
     assert all(area(path, color) > 50 for color in (PLAIN, VERMILION, GREEN))
     assert area(draw_loss(metrics[:4], tmp_path / "l.png"), VERMILION) == 0
     assert area(tmp_path / "l.png", GREEN) == 0
-    wrong = load_metrics(written(tmp_path, [*rl, held("rl", 19, 0.5)]))
+    wrong = load_metrics(written(tmp_path, [*rl[:-1], {**rl[-1], "validation_loss": 0.5}]))
     assert area(draw_loss(wrong, tmp_path / "l.png"), GREEN) > 50
     drawn = draw_run_figures(tmp_path)  # as the report asks for it
     assert list(drawn) == ["loss"] and area(drawn["loss"], GREEN) > 50

@@ -11,6 +11,7 @@ from PIL import Image
 from small_runs import STAGES, metrics, write_recipe
 
 from mpi_mlx.errors import CheckpointError
+from mpi_mlx.evaluation.figures import load_metrics
 from mpi_mlx.models import load_model
 from mpi_mlx.recipe import load_recipe
 from mpi_mlx.stages import build
@@ -157,6 +158,8 @@ def test_validation_alone_only_looks(base, tmp_path, monkeypatch):
     assert not same and not [r for r in reports if isinstance(r, Message) and "kept" in r.text]
     results = json.loads((tmp_path / "a/run/evaluation/results.json").read_text())
     assert "kept" not in results
+    seen = [row.get("validation_loss") for row in load_metrics(tmp_path / "a/run")]
+    assert seen == [1.0, 2.0, 3.0]
     reports, same = validated(base, tmp_path / "b", monkeypatch, [1.0, 2.0, 3.0], patience=3)
     assert same == ["step-000001"]
     said = "sft: kept the weights of step 1 of 3, whose validation loss 1 is lowest"
