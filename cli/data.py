@@ -158,11 +158,17 @@ def _stage_rows(model, example, document, reasoning: bool) -> dict:
 def _measure(model, dataset, report) -> tuple[dict, list[str]]:
     """By split, what its rows come to in tokens, and the document's tokens; all that cannot be read."""
     from mpi_mlx.data.measure import measure_document, measure_rows, measured_rows
+    from mpi_mlx.errors import DataError
+    from mpi_mlx.models.context import check_context
 
     measured, problems = {}, []
     if dataset.document is not None:
         measured["document"], found = measure_document(model, dataset.document)
         problems += found
+        try:
+            check_context(model, measured["document"], "document", advice="shorten it")
+        except DataError as error:
+            problems.append(str(error))
     total, done = sum(len(measured_rows(dataset.splits[f.name])) for f in report.splits), 0
     with _bar("reading") as progress:
 

@@ -84,6 +84,13 @@ def serve_command(
         other = resolve_target(run)
         if other.base != target.base or other.adapter is None:
             raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
+        wants, has = (one.options.get("max_pixels") for one in (other, target))
+        if wants != has:
+            own = "the base's own"
+            raise ServingError(
+                f"--adapter {given}: trained with max_pixels {wants or own}, and {target.name} with {has or own}; "
+                "a server has one limit: serve it by itself"
+            )
         targets[label] = other
     from mpi_mlx.serving.app import ServerOptions, build_app
     from mpi_mlx.serving.engine import Engine

@@ -45,7 +45,7 @@ class LoraSpec(Spec):
 
     rank: Int = Field(16, ge=1, description="Rank of the update.")
     alpha: Float = Field(32.0, gt=0, allow_inf_nan=False, description="Over rank (rslora: its root): scale.")
-    dropout: Float = Field(0.0, ge=0, lt=1, description="On the adapters' input while training.")
+    dropout: Float = Field(0.0, ge=0, lt=1, description="On the adapters' input in training; not in rl.")
     targets: Str | tuple[Str, ...] = Field(
         "all-linear", description="all-linear, or suffixes such as [q_proj, v_proj], or qualified names."
     )

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from mpi_mlx.atomic import replace_dir, temporary_dir
 from mpi_mlx.errors import CheckpointError, ModelError
 from mpi_mlx.models.base import Model
+from mpi_mlx.models.pixels import pixel_limit, write_limit
 
 WEIGHTS = "model.safetensors"
 
@@ -28,7 +29,10 @@ def train_all_weights(model: Model) -> None:
 
 
 def save_model(model: Model, target: Path) -> None:
-    """The whole model as a folder that ``load_model`` reads: the base's files, and its weights, in one rename."""
+    """The whole model as a folder that ``load_model`` reads: the base's files and its weights, in one rename.
+
+    A limit on an image's pixels that was set when the model was loaded stands in the folder's processor files.
+    """
     with temporary_dir(target) as temporary:
         for path in model.path.iterdir():
             # neither an index of shards, nor a card that speaks of the base
@@ -36,6 +40,9 @@ def save_model(model: Model, target: Path) -> None:
                 shutil.copy(path, temporary / path.name)
         weights = dict(tree_flatten(model.net.parameters()))
         mx.save_safetensors(str(temporary / WEIGHTS), weights, {"format": "mlx"})
+        limit = pixel_limit(model)
+        if limit is not None:
+            write_limit(temporary, limit)
         replace_dir(temporary, target)
 
 

@@ -165,13 +165,17 @@ def test_sigterm_finishes_what_was_asked(folder):
         client.models.list()
 
 
-def test_a_port_that_is_taken_and_hosts_that_are_none(folder):
+def test_a_port_that_is_taken_and_hosts_that_are_none(folder, tmp_path):
+    import json
     import socket
 
     from mpi_mlx_cli.serve import serve_command
 
     from mpi_mlx.errors import ServingError
 
+    (tmp_path / "adapters.safetensors").touch()
+    own = {"mpi_mlx": {"base": str(folder), "max_pixels": 784}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(own))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -182,6 +186,7 @@ def test_a_port_that_is_taken_and_hosts_that_are_none(folder):
                               ({"adapter": ["x"]}, "NAME=RUN"),
                               ({"adapter": [f"x={folder}"]}, "not an adapter of"),
                               ({"adapter": [f"x={folder}/none"]}, "no such folder"),
+                              ({"adapter": [f"x={tmp_path}"]}, "max_pixels 784, and .* the base's own"),
                               ({"host": "no.such.host.invalid", "api_key": "x"}, "an address of this machine"),
                               ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"),
                               ({"host": "0.0.0.0", "api_key": ""}, "--api-key")):  # fmt: skip

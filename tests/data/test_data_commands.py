@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -196,3 +197,13 @@ def test_generated_rows_are_sampled(monkeypatch):
     assert [e.id for e in measured_rows(drawn)] == [str(n) for n in range(0, 640, 10)]
     read = [replace(e, source="a.jsonl:1") for e in drawn]
     assert measured_rows(read) == read
+
+
+def test_check_compares_the_document_with_the_models_context(tmp_path, capsys, monkeypatch):
+    from mpi_mlx.models import context
+
+    rows_of(tmp_path, 2, {})
+    (tmp_path / "policy.md").write_text("Refund the red cube. " * 40)
+    monkeypatch.setattr(context, "context_length", lambda model: 100)
+    [line], out = refused(capsys, "data", "check", tmp_path)
+    assert re.fullmatch(r"document: \d{3} tokens, and embedded:tiny takes 100 .*; shorten it, or choose .*", line)

@@ -8,11 +8,13 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mpi_mlx_cli import main as cli
+from PIL import Image
 from small_runs import STAGES, metrics, result_rows, write_recipe
 
 from mpi_mlx.data.dataset import load_dataset
 from mpi_mlx.evaluation.both import repeat_evaluation
 from mpi_mlx.models import load_model
+from mpi_mlx.models.full import save_model, train_all_weights
 from mpi_mlx.recipe import load_recipe
 from mpi_mlx.serving.target import resolve_target
 from mpi_mlx.stages.supervised import encode_example
@@ -88,6 +90,15 @@ def test_stopped_and_continued_is_the_same(run, recipe, tmp_path):
     assert metrics(tmp_path / "run") == metrics(run) and result_rows(tmp_path / "run") == result_rows(run)
     again, whole = weights(tmp_path / "run"), weights(run)
     assert all(mx.array_equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_limit_on_pixels_goes_with_the_model(base, tmp_path):
+    model = load_model(base, max_pixels=28 * 28 * 4)
+    train_all_weights(model)
+    save_model(model, tmp_path / "model")
+    asked = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (280, 280))}]}]
+    visual = [int(m.encode(asked).visual.sum()) for m in (model, load_model(tmp_path / "model"), load_model(base))]
+    assert visual[0] == visual[1] == 4 < visual[2]
 
 
 def test_the_run_is_served_evaluated_again_and_no_adapter_is_looked_for(run, base, capsys):
