@@ -61,6 +61,8 @@ def serve_command(
 ) -> None:
     """Serve a model by OpenAI's API, on this machine only unless told otherwise."""
     from mpi_mlx.errors import ServingError
+    from mpi_mlx.models.folders import resolve_base
+    from mpi_mlx.models.pixels import stated_limit
     from mpi_mlx.serving.target import resolve_target
 
     local = _is_loopback(host)
@@ -84,11 +86,11 @@ def serve_command(
         other = resolve_target(run)
         if other.base != target.base or other.adapter is None:
             raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
-        wants, has = (one.options.get("max_pixels") for one in (other, target))
+        own = stated_limit(resolve_base(target.base))
+        wants, has = (one.options.get("max_pixels") or own for one in (other, target))
         if wants != has:
-            own = "the base's own"
             raise ServingError(
-                f"--adapter {given}: trained with max_pixels {wants or own}, and {target.name} with {has or own}; "
+                f"--adapter {given}: trained with max_pixels {wants}, and {target.name} with {has}; "
                 "a server has one limit: serve it by itself"
             )
         targets[label] = other

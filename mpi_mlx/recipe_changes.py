@@ -46,6 +46,12 @@ def refused(changes: dict[Keys, tuple[Any, Any]], begun: Callable[[int], bool]) 
     return {path: values for path, values in changes.items() if not harmless(path)}
 
 
+def regrades(changes: dict[Keys, tuple[Any, Any]]) -> bool:
+    """Whether rows of an evaluation before and after ``changes`` would not be of the same measure."""
+    same = ("after", "batch_size", "with_document", "forgetting")
+    return any((path[0] == "evaluation" and path[-1] not in same) or path[-1] == "reasoning" for path in changes)
+
+
 def told(changes: dict[Keys, tuple[Any, Any]]) -> str:
     """``stages.2.micro_tokens 64 (was 8192), ...``"""
     said = [f"{'.'.join(map(str, path))} {_text(new)} (was {_text(old)})" for path, (old, new) in changes.items()]

@@ -146,7 +146,8 @@ def _evaluate_base(recipe, folder: Path) -> None:
         spec.base, quantize=spec.quantize, max_pixels=spec.max_pixels, dtype=spec.dtype, init=spec.init,
         seed=recipe.seed,
     )
-    evaluate_both(folder, model, load_dataset(recipe.data, recipe.folder), label=BASE, spec=recipe.evaluation)
+    dataset, reasoning = load_dataset(recipe.data, recipe.folder), recipe.reasoning
+    evaluate_both(folder, model, dataset, label=BASE, spec=recipe.evaluation, reasoning=reasoning)
     write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
 
 

@@ -98,7 +98,7 @@ def repeat_evaluation(
     )
     options = {"spec": recipe.evaluation, "progress": progress}
     with model.adapters_disabled():
-        rows = evaluate_both(output, model, dataset, label="base", anew=True, **options)
+        rows = evaluate_both(output, model, dataset, label="base", reasoning=recipe.reasoning, anew=True, **options)
     if whole:
         model = load_model(str(whole), **weights)
     last = recipe.labels[-1]

@@ -17,7 +17,7 @@ from mpi_mlx.errors import CheckpointError
 from mpi_mlx.recipe_changes import recipe_changes, refused, told
 from mpi_mlx.training import world
 from mpi_mlx.training.checkpoint import checkpoints
-from mpi_mlx.training.inputs import changed, input_hashes
+from mpi_mlx.training.inputs import changed, document_name, input_hashes, not_yet_read
 from mpi_mlx.training.lock import LOCK, FolderLock
 
 PACKAGES = ("mpi-mlx", "mlx", "mlx-lm", "mlx-vlm", "transformers", "numpy")
@@ -49,7 +49,7 @@ class RunFolder:
                     f"{path.absolute()} holds no run to go on with; give the run's folder "
                     "(mpi-mlx train RUN --resume) or its --output, or begin one without --resume"
                 )
-            if path.exists() and any(found.name != LOCK for found in path.iterdir()):
+            if path.exists() and any(not _left_over(found.name) for found in path.iterdir()):
                 raise CheckpointError(f"{path} is not empty and holds no run; choose another --output")
             return
         if writes:
@@ -104,7 +104,11 @@ class RunFolder:
         """The environment of now, and the inputs of the run's beginning (of now, where it recorded none)."""
         place = self.path / "environment.json"
         before = json.loads(place.read_text(encoding="utf-8")) if self.goes_on and place.exists() else {}
-        known, now = before.get("inputs", {}), input_hashes(self.recipe, dataset)
+        known, now = before.get("inputs"), input_hashes(self.recipe, dataset)
+        if known is None:  # of an earlier version, which kept the document's alone
+            known = {document_name(self.recipe): before["document"]["sha256"]} if "document" in before else {}
+        late = not_yet_read(self.recipe, self._stage_begun)  # such may be mended
+        known = {name: value for name, value in known.items() if name not in late}
         different = changed(known, now)
         if different:
             raise CheckpointError(
@@ -173,6 +177,11 @@ class RunFolder:
         if self.writes:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _left_over(name: str) -> bool:
+    """Of a run that was killed before it had written a thing."""
+    return name == LOCK or name.startswith(".recipe-")
 
 
 def environment() -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 DOCUMENT = "the document"
@@ -16,7 +17,7 @@ def input_hashes(recipe, dataset) -> dict[str, str]:
     hashes: dict[str, str] = {}
     if dataset is not None:
         if dataset.document is not None:
-            hashes[_document_name(recipe)] = dataset.document.sha256
+            hashes[document_name(recipe)] = dataset.document.sha256
         for split, examples in dataset.splits.items():
             path = getattr(recipe.data, split, None)
             if isinstance(path, str):
@@ -32,12 +33,25 @@ def input_hashes(recipe, dataset) -> dict[str, str]:
     return hashes
 
 
+def not_yet_read(recipe, begun: Callable[[int], bool]) -> set[str]:
+    """Names, as :func:`input_hashes` gives them, of what only stages read that have not ``begun`` (by index)."""
+    late, read = set(), set()
+    rl = getattr(recipe.data, "rl", None)
+    for index, stage in enumerate(recipe.stages):
+        names = {r.function.rpartition(":")[0] for r in getattr(stage, "rewards", ()) if r.kind == "function"}
+        if stage.stage == "rl" and isinstance(rl, str):
+            names |= {rl, f"a picture of {rl}"}
+        (read if begun(index) else late).update(names)
+    others = {getattr(recipe.data, split, None) for split in ("train", "validation", "test")}
+    return late - read - others - {f"a picture of {path}" for path in others}
+
+
 def changed(known: dict[str, str], now: dict[str, str]) -> list[str]:
     """Names of what is in both and not the same."""
     return [name for name, value in known.items() if now.get(name, value) != value]
 
 
-def _document_name(recipe) -> str:
+def document_name(recipe) -> str:
     path = getattr(recipe.data, "document", None)
     return DOCUMENT if path is None else f"{DOCUMENT} {path}"
 

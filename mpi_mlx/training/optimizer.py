@@ -57,7 +57,6 @@ class Optimizer:
     def init(self, parameters: dict) -> None:
         """Makes the (zero) state for a tree of parameters."""
         whole = {k: v.astype(mx.float32) for k, v in tree_flatten(parameters)}
-        self.masters = {k: whole[k] for k, v in tree_flatten(parameters) if v.dtype.size < 4}
         for (part, _), flat in zip(self.parts, self._split(whole), strict=True):
             part.init(tree_unflatten(list(flat.items())) if flat else {})
 
@@ -65,7 +64,8 @@ class Optimizer:
         """One step on ``model`` in place."""
         flat_grads = dict(tree_flatten(gradients))
         flat_params = dict(tree_flatten(model.trainable_parameters()))
-        types = {k: flat_params[k].dtype for k in self.masters}
+        types = {k: v.dtype for k, v in flat_params.items() if v.dtype.size < 4}
+        self.masters = {k: self.masters.get(k, flat_params[k].astype(mx.float32)) for k in types}
         flat_params |= self.masters
         flat_grads = {k: v.astype(flat_params[k].dtype) for k, v in flat_grads.items()}
         for (part, share), grads in zip(self.parts, self._split(flat_grads), strict=True):

@@ -17,7 +17,7 @@ from mpi_mlx.models.adapters import load_adapter, save_adapter
 from mpi_mlx.models.full import restore_model, save_model
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.models.memory import count_parameters
-from mpi_mlx.recipe_changes import told
+from mpi_mlx.recipe_changes import regrades, told
 from mpi_mlx.stages.build import build_stage, stage_seed, validation
 from mpi_mlx.training import checkpoint as ckpt
 from mpi_mlx.training import world
@@ -72,6 +72,9 @@ class _Run:
             ready = prepare(recipe, survey=not self.folder.goes_on or bool(self.folder.changes))
             self.dataset, self.model, self.stages = ready.dataset, ready.model, ready.stages
             self.folder.begin(self.dataset)  # last: nothing is written for a recipe that cannot run
+            self.anew = regrades(self.folder.changes)  # earlier rows were measured in another way
+            if self.anew:
+                self.folder.mark(evaluated=[])
             self.seconds_before = self.folder.progress.get("seconds_before", 0.0)
             self.recorders = Recorders(recipe, self.folder.path) if world.is_main() else None
         except BaseException:
@@ -96,7 +99,7 @@ class _Run:
             if self._stop_everywhere():
                 break
             if self.folder.stage_done(index):
-                if self.folder.stage_done(index + 1):
+                if self.folder.stage_done(index + 1) and not self._modes_left(recipe.labels[index]):
                     continue
                 self._restore(index)
             else:
@@ -254,19 +257,25 @@ class _Run:
         if label not in spec.after or self.dataset is None or not self.dataset.test:
             return
         self.model.net.eval()
-        documents = [None]
-        if spec.with_document and self.dataset.document is not None:
-            documents.append(self.dataset.document)
-        for document in documents:
-            if [label, document is not None] not in self.folder.progress["evaluated"]:
-                if self._stop_everywhere():
-                    return
-                yield from self._evaluate_mode(label, document)
-                if self.stopped:
-                    return
+        for document in self._modes_left(label):
+            if self._stop_everywhere():
+                return
+            yield from self._evaluate_mode(label, document)
+            if self.stopped:
+                return
         if spec.forgetting and world.is_main():
             self._measure_forgetting(label)
         world.barrier()
+
+    def _modes_left(self, label: str) -> list:
+        """The documents (None: without one) with which a model is still to be evaluated."""
+        spec = self.recipe.evaluation
+        if label not in spec.after or self.dataset is None or not self.dataset.test:
+            return []
+        documents = [None]
+        if spec.with_document and self.dataset.document is not None:
+            documents.append(self.dataset.document)
+        return [d for d in documents if [label, d is not None] not in self.folder.progress["evaluated"]]
 
     def _evaluate_mode(self, label: str, document) -> Iterator[object]:
         """Every process answers its share; rank 0 writes. A stop is looked at after each batch but the last."""
@@ -287,7 +296,8 @@ class _Run:
                 return
         self.folder.progress["evaluated"].append([label, in_context])
         if world.is_main():
-            record(self.folder.path, row, predictions)
+            record(self.folder.path, row, predictions, anew=self.anew)
+            self.anew = False
             self.folder.mark()
             self.recorders.row(("base", *self.recipe.labels).index(label), row)
         yield EvaluationRow(row)

@@ -186,7 +186,7 @@ def test_a_port_that_is_taken_and_hosts_that_are_none(folder, tmp_path):
                               ({"adapter": ["x"]}, "NAME=RUN"),
                               ({"adapter": [f"x={folder}"]}, "not an adapter of"),
                               ({"adapter": [f"x={folder}/none"]}, "no such folder"),
-                              ({"adapter": [f"x={tmp_path}"]}, "max_pixels 784, and .* the base's own"),
+                              ({"adapter": [f"x={tmp_path}"]}, "max_pixels 784, and .* with "),
                               ({"host": "no.such.host.invalid", "api_key": "x"}, "an address of this machine"),
                               ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"),
                               ({"host": "0.0.0.0", "api_key": ""}, "--api-key")):  # fmt: skip

@@ -9,14 +9,14 @@ import pytest
 import yaml
 from mpi_mlx_cli import main as cli
 from PIL import Image
-from small_runs import STAGES, adapters, metrics, write_recipe
+from small_runs import STAGES, adapters, metrics, result_rows, write_recipe
 
 from mpi_mlx.errors import CheckpointError
 from mpi_mlx.recipe import load_recipe
 from mpi_mlx.training import checkpoint
 from mpi_mlx.training import folder as folder_module
 from mpi_mlx.training.folder import RunFolder
-from mpi_mlx.training.reports import Interrupted, Message, RunFinished, StageStarted, StepReport
+from mpi_mlx.training.reports import EvaluationRow, Interrupted, Message, RunFinished, StageStarted, StepReport
 from mpi_mlx.training.run import request_stop, train
 
 SFT = dict(stage="sft", steps=2, batch_size=1)
@@ -103,7 +103,7 @@ def test_home_is_meant_by_a_tilde(base, tmp_path, monkeypatch):
 # ---- what it is made of
 
 
-@pytest.mark.parametrize("name", ["document.md", "train.jsonl", "test.jsonl", "picture.png", "rewards.py"])
+@pytest.mark.parametrize("name", ["document.md", "train.jsonl", "test.jsonl", "picture.png"])
 def test_inputs_that_changed(project, tmp_path, capsys, name):
     run = tmp_path / "run"
     stopped(load_recipe(project, output=run))
@@ -113,7 +113,7 @@ def test_inputs_that_changed(project, tmp_path, capsys, name):
         Image.new("RGB", (56, 56), (10, 200, 10)).save(file)
         name = f"a picture of {tmp_path / 'train.jsonl'}"
     else:
-        file.write_bytes(before.replace(b"red", b"blue").replace(b"1.0", b"2.0"))
+        file.write_bytes(before.replace(b"red", b"blue"))
     kept = files(run)
     code, _, err = command(capsys, project, "--output", run, "--resume")
     assert code == 2 and err.count("\n") == 1 and "changed since the run in" in err and "--output" in err
@@ -125,6 +125,24 @@ def test_inputs_that_changed(project, tmp_path, capsys, name):
     assert command(capsys, project, "--output", run, "--resume")[0] == 0
 
 
+def test_a_reward_may_be_mended_until_a_stage_has_begun_with_it(project, tmp_path, capsys):
+    """It fails in rl's first step: the finished sft is not lost over that."""
+    rewards, run = tmp_path / "rewards.py", tmp_path / "run"
+    good = rewards.read_text()
+    rewards.write_text(good.replace("[1.0] * len(completions)", "completions['x']"))
+    steps = ("--set", "stages.rl.steps=2", "--set", "stages.rl.save_every=1")
+    code, _, err = command(capsys, project, "--output", run, *steps)
+    assert code == 2 and "rewards.py" in err
+    rewards.write_text(good)
+    recipe = load_recipe(project, ["stages.rl.steps=2", "stages.rl.save_every=1"], output=run)
+    stopped(recipe, "rl", 1, resume=True)
+    rewards.write_text(good.replace("1.0", "2.0"))
+    code, _, err = command(capsys, project, "--output", run, *steps, "--resume")
+    assert code == 2 and "rewards.py: changed since the run in" in err
+    rewards.write_text(good)
+    assert command(capsys, project, "--output", run, *steps, "--resume")[0] == 0
+
+
 def test_a_run_that_recorded_no_inputs_goes_on_and_has_them_from_then(project, tmp_path, capsys):
     run = tmp_path / "run"
     stopped(load_recipe(project, output=run))
@@ -132,6 +150,11 @@ def test_a_run_that_recorded_no_inputs_goes_on_and_has_them_from_then(project, t
     recorded = facts.pop("inputs")
     assert len(recorded) == 6  # document, two files and their pictures, reward
     (run / "environment.json").write_text(json.dumps(facts))
+    text = (tmp_path / "document.md").read_text()
+    (tmp_path / "document.md").write_text(text.replace("red", "blue"))
+    code, _, err = command(capsys, project, "--output", run, "--resume")
+    assert code == 2 and "the document" in err and "changed since" in err  # which was recorded before inputs were
+    (tmp_path / "document.md").write_text(text)
     rows = tmp_path / "train.jsonl"
     rows.write_text(rows.read_text().replace('"red"', '"blue"'))
     assert command(capsys, project, "--output", run, "--resume")[0] == 0
@@ -140,6 +163,22 @@ def test_a_run_that_recorded_no_inputs_goes_on_and_has_them_from_then(project, t
 
 
 # ---- what of the recipe may change
+
+
+def test_an_evaluation_that_is_added_is_made_up_for(base, tmp_path):
+    """Of a stage whose successor is done, too; rows of another measure do not stand beside the new ones."""
+    stages = [SFT, {**SFT, "steps": 1}]
+    run, options = tmp_path / "run", {"batch_size": 2, "max_completion_tokens": 4, "forgetting": False}
+    file = write_recipe(tmp_path / "r.yaml", base, stages, evaluation={**options, "after": ["base", "sft2"]})
+    list(train(load_recipe(file, output=run)))
+    before = result_rows(run)
+    reports = list(train(load_recipe(file, ["evaluation.after=[base,sft1,sft2]"], output=run), resume=True))
+    rows = result_rows(run)
+    assert [r for r in rows if r["model"] != "sft1"] == before and len(rows) == len(before) + 2
+    assert sum(isinstance(r, EvaluationRow) for r in reports) == 2
+    list(train(load_recipe(file, ["evaluation.samples=1"], output=run), resume=True))
+    rows = result_rows(run)
+    assert {r["model"] for r in rows} == {"base", "sft2"} and {r["n"] for r in rows} == {1}
 
 
 def test_changes_that_change_no_numbers_are_taken_and_told(project, tmp_path, capsys):
