@@ -66,6 +66,28 @@ def shown(folder, text):
         ("~~~~\n~~~\n![a](gone.jpg)\n~~~~~\n![a](a.jpg)", "~~~~\n~~~\n![a](gone.jpg)\n~~~~~\n[a.jpg]"),
         ("- ```\n  ![a](gone.jpg)\n\n  ```\n- ![a](a.jpg)", "- ```\n  ![a](gone.jpg)\n\n  ```\n- [a.jpg]"),
         ("1.  Do\n\n    ```\n    ![a](gone.jpg)\n    ```\n", "1.  Do\n\n    ```\n    ![a](gone.jpg)\n    ```\n"),
+        # code ends with its block
+        ("- Press ` now.\n- See ![x](a.jpg)\n- Press ` again.", "- Press ` now.\n- See [a.jpg]\n- Press ` again."),
+        ("A `b\n# ![x](a.jpg)\nc`", "A `b\n# [a.jpg]\nc`"),
+        ("A `b\n> ![x](a.jpg) c`", "A `b\n> [a.jpg] c`"),
+        ("A `b\n===\n![x](a.jpg) c`", "A `b\n===\n[a.jpg] c`"),
+        ("A `b\n***\n![x](a.jpg) c`", "A `b\n***\n[a.jpg] c`"),
+        ("A `b\n~~~\n![x](gone.jpg) c`\n~~~", "A `b\n~~~\n![x](gone.jpg) c`\n~~~"),
+        ("|a|b|\n|-|-|\n|`|![x](a.jpg)|\n|`|`|", "|a|b|\n|-|-|\n|`|[a.jpg]|\n|`|`|"),
+        ("|a|b|\n|-|-|\n|`|![x](a.jpg)`|", "|a|b|\n|-|-|\n|`|[a.jpg]`|"),
+        (r"|`![x](gone.jpg)\|`|" + "\n|-|\n", r"|`![x](gone.jpg)\|`|" + "\n|-|\n"),
+        ("> `a\n> ![x](gone.jpg)\n> b`", "> `a\n> ![x](gone.jpg)\n> b`"),
+        # indented code, and what in list items is none
+        ("Write this:\n\n    <!-- note -->\n    <b>x</b>", "Write this:\n\n    <!-- note -->\n    <b>x</b>"),
+        ("Write this:\n\n\t<!-- note -->\n\n\t# x\n\nb", "Write this:\n\n\t<!-- note -->\n\n\t# x\n\nb"),
+        ("> a\n>\n>     <!-- b -->", "> a\n>\n>     <!-- b -->"),
+        ("a\n    ![x](a.jpg) <!-- b -->", "a\n    [a.jpg] "),
+        ("- a\n\n    ![x](a.jpg)<!-- b -->", "- a\n\n    [a.jpg]"),
+        ("- a\n\n          ![x](a.jpg)<!-- b -->", "- a\n\n          [a.jpg]"),
+        (
+            "- a `\n\n      ~~~\n      ![x](gone.jpg)\n\n      ~~~\n\n      ![x](a.jpg) `",
+            "- a `\n\n      ~~~\n      ![x](gone.jpg)\n\n      ~~~\n\n      [a.jpg] `",
+        ),
         ("Really![^1] so! [a](b)\n\n[^1]: Yes.", "Really![^1] so! [a](b)\n\n[^1]: Yes."),
         # comments are no part of it
         ("a <!-- b --> c", "a  c"),
@@ -98,7 +120,8 @@ WRITE = r"write !\[what it shows\]\(path\), or put it in backticks if it is no p
         ("<img alt='x'>", r"""policy\.md:1: "<img alt='x'>" has no src="path"; give it one$"""),
         ("<img src='a.jpg'", r"looks like a picture, but does not end like one"),
         ("a\n![x][f]\n\n[f]: gone.jpg", r"policy\.md:2: image '.*gone\.jpg' does not exist"),
-        ("a\nb <!-- c\n\nd", r"policy\.md:2: the comment <!-- never ends; write --> after it$"),
+        ("a\n<!-- c\n\nd", r"policy\.md:2: the comment <!-- never ends; write --> after it$"),
+        ("a\n> - <!-- c\n\nd -->", r"policy\.md:2: the comment <!-- does not end in its quote or list item; write -->"),
         ("![x](" + "A" * 300 + ")", r"policy\.md:1: image '.*' ?.*if it is base64"),
         ("![x](HTTPS://example.org/a.jpg)", r"policy\.md:1: image .* is not a local file"),
     ],
@@ -133,6 +156,43 @@ def test_doubts_are_warnings(folder):
     assert doubts("a\n![fig1] b") == [f"2: '![fig1] b' {why}"]
     never = "1: the code after ``` never ends, so all that follows is code; write ``` after it"
     assert doubts("```\na\n![a](a.jpg)") == [never]
+    code = "is read as text, for the blanks before it make it code; write it at the start of its line if it is a "
+    assert doubts("a\n\n    b ![x](a.jpg)") == [f"3: '![x](a.jpg)' {code}picture"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Hi.\nDo not use <img> tags.", "2: '<img> tags.' is read as text; write <img src=\"path\">"),
+        ("Write no <img/> or", "1: '<img/> or' is read as text"),
+        ("The <img tag is out.", "1: '<img tag is out.' is read as text"),
+        ("A --> B <!-- C", "1: '<!-- C' is read as text, for no --> ends it here"),
+        ("A --> B <!-- C\n\n# More\n\nD --> E", "1: '<!-- C' is read as text, for no --> ends it here"),
+        ("- A <!-- B\n- C --> D", "1: '<!-- B' is read as text, for no --> ends it here"),
+    ],
+)
+def test_prose_that_looks_like_markup_is_text(folder, text, said):
+    document = load(folder, text)
+    assert document.text == text and document.sha256 == PolicyDocument.from_text(text).sha256
+    (warning,) = document.origin.warnings
+    assert warning.partition("policy.md:")[2].startswith(said) and "put it in backticks" in warning
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "> ```\n> ![x](gone.jpg)\n",
+        "> ```\n> ![x](gone.jpg)",
+        "- ~~~\n  ![x](gone.jpg)\n\n  b\n",
+        "1. > ```\n   > ![x](gone.jpg)\n2. b",
+    ],
+)
+def test_code_ends_with_its_quote_or_list_item(folder, code):
+    text = f"{code}\n# Rule\n\nSee "
+    document = load(folder, text + "![x](a.jpg)")
+    assert document.text == text and len(document.images) == 1 and document.sections == ("Rule",)
+    (warning,) = document.origin.warnings
+    assert "policy.md:1: the code after " in warning and "all of its quote or list item is code" in warning
 
 
 def test_headings_are_found_outside_code_and_comments(folder):
@@ -142,6 +202,12 @@ def test_headings_are_found_outside_code_and_comments(folder):
     assert PolicyDocument.from_text(text).sections == ("A `b`", "C")
     assert passages(document)[-1] == ("Recall C.", "C c")
     assert document.amend("a `b`", "New.").text == "# A `b`\n\nNew."
+
+
+def test_backticks_hide_no_heading():
+    document = PolicyDocument.from_text("Don`t guess.\n# Refunds\nIt`s 30 days.\n# Tone\r\n`")
+    assert document.sections == ("Refunds", "Tone")
+    assert document.amend("refunds", "Now 14.").text == "Don`t guess.\n# Refunds\n\nNow 14.\n\n# Tone\r\n`"
 
 
 def test_files_that_are_read_and_files_that_are_not(folder):
