@@ -191,7 +191,8 @@ def _leaves(text: str, first: int = 0, listed: bool = False) -> Iterator[tuple[s
 
 def _unclosed(text: str, block: _Block, run: str) -> Finding:
     code = "all that follows is code" if block.stop == len(text) else "all of its quote or list item is code"
-    return Finding(text.index(run, block.start), f"the code after {run} never ends, so {code}; write {run} after it", wrong=False)
+    what = f"the code after {run} never ends, so {code}; write {run} after it"
+    return Finding(text.index(run, block.start), what, wrong=False)
 
 
 def _indented(text: str, match: re.Match) -> Finding:
@@ -202,8 +203,9 @@ def _indented(text: str, match: re.Match) -> Finding:
 def _open_comment(text: str, at: int, block: _Block) -> Finding:
     """A ``<!--`` without its ``-->``: a comment where a line begins with it, else prose."""
     if block.kind == "html" and text.find("<", block.start) == at:
-        what = "does not end in its quote or list item; write --> there"
-        return Finding(at, f"the comment <!-- {what if '-->' in text[block.stop :] else 'never ends; write --> after it'}")
+        inside = "does not end in its quote or list item; write --> there"
+        what = inside if "-->" in text[block.stop :] else "never ends; write --> after it"
+        return Finding(at, f"the comment <!-- {what}")
     said = text[at : block.stop].split("\n")[0][:50].strip()
     what = f"{said!r} is read as text, for no --> ends it here; write one if it is a comment, or put it in backticks"
     return Finding(at, f"{what} if it is none", wrong=False)
