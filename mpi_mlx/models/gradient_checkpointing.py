@@ -51,7 +51,7 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     cache = kwargs.get("cache") if slot is None else args[slot]
     if not getattr(cache, "gradient", True):
         return plain.__call__(layer, x, *args, **kwargs)
-    held, length = getattr(cache, "prefixes", None) or [], []
+    held, length, begun = getattr(cache, "prefixes", None) or [], [], getattr(cache, "length", None)
     switch, key = layer.adapters_switch, None
     if layer.training and getattr(switch, "drops", False):
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
@@ -61,6 +61,8 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         own = cache
         if cache is not None:
             own = copy.copy(cache)
+            if begun is not None:  # the cache has grown when this runs again; positions count from where it began
+                own.length = begun
             if held:
                 own.prefixes = held
             if slot is None:
