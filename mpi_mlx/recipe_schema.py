@@ -220,6 +220,10 @@ def _contradictions(recipe: Recipe, tested: bool) -> list[tuple[str, str]]:
     trained = [s.stage for s in recipe.stages if s.stage != "pretrain"]
     if recipe.data is None and trained:
         problems.append(("data", f"missing; stage {trained[0]} needs a benchmark or your own files"))
+    if 0 < len(trained) < len(recipe.stages):
+        at = [s.stage for s in recipe.stages].index("pretrain")
+        said = "pretrain makes a base: give it a recipe of its own, and the model/ of its run to this one as the base"
+        problems.append((f"stages.{at}", said))
     if not trained and recipe.lora is not None:
         problems.append(("lora", "pretrain stages train all weights; set it to null"))
     if (len(trained) < len(recipe.stages) or recipe.lora is None) and recipe.model.quantize:
@@ -244,7 +248,7 @@ def _stage_needs(stage, recipe: Recipe) -> list[tuple[str, str]]:
             needs.append(("stage", "cpt needs a document; set data.document"))
         if stage.stage == "rl" and not (data.rl or data.train):
             needs.append(("stage", "rl needs prompts; set data.rl or data.train"))
-        if stage.stage == "rl" and stage.sft_coef and not data.train:
+        if stage.stage == "rl" and stage.sft_coef and stage.rehearsal < 1 and not data.train:
             needs.append(("sft_coef", "needs labelled examples; set data.train"))
         if stage.stage == "rl" and stage.policy_aware and not document:
             needs.append(("policy_aware", "needs a document; set data.document, or policy_aware: 0"))

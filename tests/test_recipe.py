@@ -391,6 +391,13 @@ def test_a_recipe_made_in_python_says_what_contradicts():
         Recipe.model_validate({"model": {}, "data": {"benchmark": "clevr_policy"}, "stages": [{"stage": "sft"}]})
 
 
+def test_pretraining_stands_alone():
+    text = "model: {base: embedded:tiny}\ndata: {benchmark: clevr_policy, depth: 1}\nlora: null\nstages:\n"
+    both = "  - {stage: sft, steps: 1}\n  - {stage: pretrain, steps: 1, tasks: {walk: 1.0}}\n"
+    with pytest.raises(RecipeError, match="stages.1: pretrain makes a base: give it a recipe of its own"):
+        parse_recipe(text + both)
+
+
 @pytest.mark.parametrize("stages, wanted", [
     ("[{stage: cpt, steps: 1, reasoning: false}, {stage: rl, steps: 1, reasoning: false}]", False),
     ("[{stage: sft, steps: 1, reasoning: false}]", False),

@@ -18,6 +18,20 @@ def completion_text(reasoning: str | None, answer: str | None) -> str:
     return f"{THINK_OPEN}{reasoning}{THINK_CLOSE}\n{answer}"
 
 
+def after_opening(turn: str) -> str:
+    """What is left to write of a turn where the prompt has opened the trace, as thinking models' templates do.
+
+    >>> after_opening("<think>red</think>\\nstop"), after_opening("stop")
+    ('red</think>\\nstop', '</think>\\nstop')
+    """
+    return turn.removeprefix(THINK_OPEN) if turn.startswith(THINK_OPEN) else f"{THINK_CLOSE}\n{turn}"
+
+
+def with_opening(text: str) -> str:
+    """The turn that a completion is the rest of: the inverse of :func:`after_opening`."""
+    return text.removeprefix(THINK_CLOSE).removeprefix("\n") if text.startswith(THINK_CLOSE) else THINK_OPEN + text
+
+
 def split_completion(text: str) -> tuple[str | None, str]:
     """(reasoning or None, answer), both stripped: the inverse of :func:`completion_text`.
 

@@ -108,8 +108,8 @@ def evaluation(
     completions = yield from _generate(model, prompts, spec, stats)
     seconds = time.perf_counter() - began
     predictions = [
-        _grade(e, model.decode(c.ids), c.finished, label, document is not None)
-        for e, c in zip(examples, completions, strict=True)
+        _grade(e, model.turn_text(p, c.ids), c.finished, label, document is not None)
+        for e, p, c in zip(examples, prompts, completions, strict=True)
     ]
     row = _row(examples, predictions, label, document is not None, reasoning)
     row |= {

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mpi_mlx.data.completion import THINK_OPEN, with_opening
 from mpi_mlx.errors import DataError, ModelError
 from mpi_mlx.models.encoding import ChatEncoder, Encoded, message_images
 from mpi_mlx.models.families import TextFamily
@@ -175,6 +176,15 @@ class Model:
         """Text of token ids; special tokens are left out, reasoning tags are kept."""
         kept = [int(i) for i in ids if int(i) not in self._hidden_ids]
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def opens_trace(self, prompt: Encoded) -> bool:
+        """Whether the template has opened the reasoning in the prompt, as those of thinking models do."""
+        return self.decode(prompt.ids[-8:]).rstrip().endswith(THINK_OPEN)
+
+    def turn_text(self, prompt: Encoded, ids: Sequence[int] | np.ndarray) -> str:
+        """The assistant's turn that the completion ``ids`` of ``prompt`` makes, with a tag that the prompt has."""
+        text = self.decode(ids)
+        return with_opening(text) if self.opens_trace(prompt) else text
 
     # ---- images
 

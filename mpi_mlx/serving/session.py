@@ -229,7 +229,7 @@ class ChatSession:
         decoding.trim(caches, start)
         stats = ReplyStats(len(encoded), start)
         self.reply = Reply("", in_context, stats)
-        self.reply.opened = self.model.decode(encoded.ids[-8:]).rstrip().endswith(THINK_OPEN)
+        self.reply.opened = self.model.opens_trace(encoded)
         hidden = decoding.prefill(self.model, encoded, caches, start, stopped=lambda: self._stop)
         ids: list[int] = []
         if hidden is not None:

@@ -180,9 +180,9 @@ class RolloutSource:
 
     def _rewarded(self, groups: list[tuple]) -> list[RolloutGroup]:
         spec = self.spec
-        flat = [(c, e) for e, _, found in groups for c, _ in found]
-        texts = [self.model.decode(c.ids) for c, _ in flat]
-        total, parts = self.rewards(texts, [e for _, e in flat])
+        flat = [(c, e, prompt) for e, prompt, found in groups for c, _ in found]
+        texts = [self.model.turn_text(prompt, c.ids) for c, _, prompt in flat]
+        total, parts = self.rewards(texts, [e for _, e, _ in flat])
         out, at = [], 0
         for example, prompt, found in groups:
             rollouts = []

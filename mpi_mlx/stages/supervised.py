@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mpi_mlx.data.completion import completion_text
+from mpi_mlx.data.completion import after_opening, completion_text
 from mpi_mlx.data.examples import Example
 from mpi_mlx.documents import PolicyDocument, passages, place_document
 from mpi_mlx.errors import DataError
@@ -41,6 +41,7 @@ def encode_example(model, example, document: PolicyDocument | None, stage: str, 
         place_document(example.messages, document), tools=example.tools, generation_prompt=True
     )
     text = completion_text(example.reasoning if reasoning else None, example.answer)
+    text = after_opening(text) if model.opens_trace(prompt) else text
     encoded = prompt.concat(model.encode_completion(text))
     return Row(encoded, loss_weights(encoded, stage), example.id)
 
@@ -54,7 +55,7 @@ class SupervisedSource:
     """
 
     def __init__(self, model, examples: Sequence, document: PolicyDocument | None, spec, seed: int):
-        if not examples:
+        if not examples and getattr(spec, "rehearsal", 0.0) < 1:
             raise DataError(f"stage {spec.stage}: the train split is empty; give it labelled examples")
         self.model, self.examples, self.document = model, examples, document
         self.spec, self.seed = spec, seed
@@ -94,7 +95,6 @@ class SupervisedSource:
         return Batch(micros, count, int(tokens), identities=tuple(r.identity for r in rows))
 
     def _pick(self, position: int) -> tuple[int, bool]:
-        epoch, at = divmod(position, len(self.examples))
         if self.rehearsed_share:
             chance = np.random.default_rng([self.seed, 24, position])
             if chance.random() < self.rehearsed_share:
@@ -103,6 +103,7 @@ class SupervisedSource:
             chance = np.random.default_rng([self.seed, 23, position])
             if chance.random() < self.spec.document_questions:
                 return len(self.examples) + int(chance.integers(len(self.questions))), False
+        epoch, at = divmod(position, len(self.examples))
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, 21, epoch]).permutation(len(self.examples))
             draws = np.random.default_rng([self.seed, 22, epoch]).random(len(self.examples))
@@ -192,7 +193,10 @@ def _questions(document: PolicyDocument | None) -> list[Example]:
     """The document's sections as questions and answers."""
     found = passages(document) if document is not None else []
     if not found:
-        raise DataError("stage cpt: document_questions needs a document with headings; add some, or set it to 0")
+        raise DataError(
+            "stage cpt: document_questions needs a document with headings, and sections that show no image; "
+            "add some, or set it to 0"
+        )
     return [
         Example(f"section {n + 1}", ({"role": "user", "content": question},), None, section)
         for n, (question, section) in enumerate(found)

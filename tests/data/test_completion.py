@@ -1,6 +1,6 @@
 import pytest
 
-from mpi_mlx.data.completion import completion_text, split_completion
+from mpi_mlx.data.completion import after_opening, completion_text, split_completion, with_opening
 
 
 def test_the_turn_is_written_as_fixed():
@@ -13,6 +13,15 @@ def test_the_turn_is_written_as_fixed():
 @pytest.mark.parametrize("answer", ["stop", "two\nlines"])
 def test_round_trip(reasoning, answer):
     assert split_completion(completion_text(reasoning, answer)) == (reasoning, answer)
+
+
+@pytest.mark.parametrize("reasoning", ["a red cube", None, "a\n\nb"])
+def test_where_the_prompt_has_opened_the_trace(reasoning):
+    turn = completion_text(reasoning, "stop")
+    rest = after_opening(turn)
+    assert rest == ("</think>\nstop" if reasoning is None else f"{reasoning}</think>\nstop")
+    assert with_opening(rest) == turn and split_completion(rest)[1] == "stop"
+    assert with_opening("<think>a</think>\nb").count("<think>") == 2  # opened twice: not well formed
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mpi_mlx.documents import PolicyDocument
 from mpi_mlx.errors import DataError
 from mpi_mlx.recipe import CptStage, SftStage
+from mpi_mlx.rollouts.rewards import well_formed
 from mpi_mlx.stages.supervised import SupervisedObjective, SupervisedSource, encode_example, validation_loss
 from mpi_mlx.stages.survey import Findings, Survey
 from mpi_mlx.training import world
@@ -56,6 +57,22 @@ def test_what_is_trained(model, dataset):
     assert cpt.weights.sum() == len(cpt) - 9 - 1  # but the first token, which nothing predicts
     with pytest.raises(DataError, match="has no answer; stage sft needs labelled examples"):
         encode_example(model, replace(example, answer=None), None, "sft")
+
+
+def test_a_template_that_opens_the_trace(model, dataset):
+    """As thinking models' do: the tag is not written twice, and rewards see the whole turn."""
+    example, chat = dataset.train[0], model._chat
+    chat.template = chat.template.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    row = encode_example(model, example, None, "sft")
+    trained = model.tokenizer.decode(row.encoded.ids[row.weights > 0])
+    assert trained == f"{example.reasoning}</think>\n{example.answer}<|im_end|>"
+    assert model.tokenizer.decode(row.encoded.ids).count("<think>") == 1
+    direct = encode_example(model, example, None, "sft", reasoning=False)
+    assert model.tokenizer.decode(direct.encoded.ids[direct.weights > 0]) == f"</think>\n{example.answer}<|im_end|>"
+    prompt = model.encode(example.messages, generation_prompt=True)
+    turns = [model.turn_text(prompt, r.encoded.ids[len(prompt) :]) for r in (row, direct)]
+    assert turns == [f"<think>{example.reasoning}</think>\n{example.answer}", example.answer]
+    assert well_formed(turns[0]) and well_formed(turns[1], reasoning=False)
 
 
 @pytest.mark.parametrize("stage", ["cpt", "sft"])
