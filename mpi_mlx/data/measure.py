@@ -39,8 +39,9 @@ def measure_rows(model, rows: Sequence[Example], step: Callable[[], None] = lamb
             problems += _row_problems(model, example, error)
         else:
             prompts.append(prompt)
-            problems += _placeholders(model, example)
-            if example.answer is not None:
+            wrong = _turn_problems(model, example)
+            problems += wrong
+            if example.answer is not None and not wrong:
                 completions.append(len(model.encode_completion(completion_text(example.reasoning, example.answer))))
         step()
     return Measured(len(rows), tuple(prompts), tuple(completions), tuple(problems))
@@ -89,15 +90,15 @@ def _problem(model, part: dict) -> str | None:
     return None
 
 
-def _placeholders(model, example: Example) -> list[str]:
-    """An image's placeholder in what is to be learnt: the model would learn to write it."""
-    token = model.parts.image_token
-    texts = {"reasoning": example.reasoning, "answer": example.answer}
-    return [
-        f"{example.source or example.where}: {name}: the text holds the image placeholder {token!r}; remove it"
-        for name, text in texts.items()
-        if token and text and token in text
-    ]
+def _turn_problems(model, example: Example) -> list[str]:
+    """What is wrong with the fields of the turn that is to be learnt."""
+    found = []
+    for name, text in (("reasoning", example.reasoning), ("answer", example.answer)):
+        try:
+            model.encode_completion(text or "")
+        except _UNREADABLE as error:
+            found.append(f"{example.source or example.where}: {name}: {error}")
+    return found
 
 
 def _document_problems(model, document: PolicyDocument) -> Iterator[str]:

@@ -144,7 +144,7 @@ class Model:
             if token and not is_turn and token in text:
                 parts = text.split(token)
                 if used + len(parts) - 1 > len(images):
-                    raise DataError(f"the text holds the image placeholder {token!r}; remove it")
+                    raise self._holds_placeholder()
                 chosen = images[used : used + len(parts) - 1]
                 used += len(chosen)
                 text = parts[0] + "".join(
@@ -162,8 +162,17 @@ class Model:
         return np.concatenate(ids), np.concatenate(flags)
 
     def encode_completion(self, text: str) -> np.ndarray:
-        """An assistant turn as int32 (T,), its end-of-turn token included."""
+        """An assistant turn as int32 (T,), its end-of-turn token included.
+
+        Raises:
+            DataError: it holds an image's placeholder, which the model would learn to write.
+        """
+        if self.parts.image_token and self.parts.image_token in text:
+            raise self._holds_placeholder()
         return self._chat.token_ids(text + self._chat.end_of_turn)
+
+    def _holds_placeholder(self) -> DataError:
+        return DataError(f"the text holds the image placeholder {self.parts.image_token!r}; remove it")
 
     def bound_caches(self, *, texts: int, images: int, features: int) -> None:
         """Bytes at most of what is remembered: ids of texts; images before the tower (as they came, and as

@@ -51,7 +51,7 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     cache = kwargs.get("cache") if slot is None else args[slot]
     if not getattr(cache, "gradient", True):
         return plain.__call__(layer, x, *args, **kwargs)
-    held, length, begun = getattr(cache, "prefixes", None) or [], [], getattr(cache, "length", None)
+    held, begun = getattr(cache, "prefixes", None) or [], getattr(cache, "length", None)
     switch, key = layer.adapters_switch, None
     if layer.training and getattr(switch, "drops", False):
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
@@ -73,7 +73,6 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         out = plain.__call__(layer, x, *args, **kwargs)
         switch.dropout_key = None
         keys, values = getattr(own, "keys", None), getattr(own, "values", None)
-        length[:] = [getattr(own, "length", None)]
         return (out,) if keys is None else (out, keys, values)
 
     parameters = layer.trainable_parameters()
@@ -82,5 +81,5 @@ def _call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
     if recorded:
         cache.keys, cache.values = recorded
         if hasattr(cache, "length"):
-            (cache.length,) = length
+            cache.length = cache.keys.shape[2]
     return out

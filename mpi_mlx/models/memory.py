@@ -25,7 +25,7 @@ def count_parameters(model: Model) -> tuple[int, int]:
     return total, trainable
 
 
-def _own(scores: int) -> int:
+def _unfused(scores: int) -> int:
     """Bytes that MLX's own attention keeps on GPUs for `scores` bytes of float32 scores: four arrays of 16 bits."""
     return 2 * scores if scores <= LARGE_BYTES else 0
 
@@ -83,7 +83,7 @@ def memory_estimate(
     if runtime.on_cpu():
         scores = in_parts
     else:
-        scores = (in_parts if shared else _own(scores)) + _own(beginnings)
+        scores = (in_parts if shared else _unfused(scores)) + _unfused(beginnings)
     layer = places * per_token + scores
     # the layer that is computed again holds its second forward and its gradients at once
     again = layers * places * hidden * size + 2 * layer

@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.errors import MPIError, ServingError
+from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
 from mpi_mlx.serving.batch import Batch
 from mpi_mlx.serving.jobs import Busy, Counters, Job, Row, wait_for_end
 from mpi_mlx.serving.prefixes import PrefixCache
-from mpi_mlx.serving.target import context_length
 from mpi_mlx.serving.upkeep import Upkeep
 from mpi_mlx.serving.variants import Variants
 

@@ -16,9 +16,10 @@ from mpi_mlx.atomic import atomic_write
 from mpi_mlx.data.completion import THINK_OPEN, split_completion
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import ServingError
+from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
 from mpi_mlx.serving.calls import CallFormat
-from mpi_mlx.serving.target import MAX_TOKENS, context_length
+from mpi_mlx.serving.target import MAX_TOKENS
 
 
 @dataclass

@@ -7,10 +7,10 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mpi_mlx.errors import MPIError, ServingError
-from mpi_mlx.models.context import context_length as context_length  # of a loaded target
 
 MAX_TOKENS = 1024  # of an answer, where nothing else says
 
@@ -126,12 +126,14 @@ def _trained(folder: Path, stage: str | None) -> Path:
             if (place / kind / proof).is_file():
                 return place / kind
     raise ServingError(
-        f"{places[0]}: no adapter or model in it yet; finish the run with mpi-mlx train {folder} --resume"
+        f"{places[0]}: no adapter or model in it yet; finish the run with mpi-mlx train {quote(str(folder))} --resume"
     )
 
 
 def _adapter(folder: Path) -> Target:
     """An adapter folder inside a run is the run's; else its config names the base."""
+    from mpi_mlx.models.adapters import recorded_limit
+
     resolved = folder.resolve()
     for run, stage in ((resolved.parent, None), (resolved.parents[2], resolved.parent.name)):
         if (run / "recipe.yaml").is_file():
@@ -140,12 +142,12 @@ def _adapter(folder: Path) -> Target:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ServingError(f"{folder / 'adapter_config.json'} is broken ({error}); copy it again") from None
-    own = config.get("mpi_mlx", {})
-    base = own.get("base") or config.get("base_model_name_or_path")
+    base = config.get("mpi_mlx", {}).get("base") or config.get("base_model_name_or_path")
     if not base:
         raise ServingError(f"{folder} does not name its base; serve the base with --adapter NAME={folder}")
     target = _with_generation_defaults(Target(name=resolved.name, base=base))
-    options = {"max_pixels": own["max_pixels"]} if own.get("max_pixels") else {}
+    limit = recorded_limit(folder)
+    options = {} if limit is None else {"max_pixels": limit}
     return replace(target, adapter=folder, trained=True, options=options)
 
 

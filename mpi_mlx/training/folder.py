@@ -61,8 +61,7 @@ class RunFolder:
             raise
 
     def _go_on(self, resume: bool) -> None:
-        if (self.path / "progress.json").exists():
-            self.progress = json.loads((self.path / "progress.json").read_text(encoding="utf-8"))
+        self.progress |= self._read("progress.json")
         text = self._recipe_file.read_text(encoding="utf-8")
         self.changes = recipe_changes(text, self.recipe, str(self._recipe_file))
         wrong = refused(self.changes, self._stage_begun)
@@ -102,8 +101,7 @@ class RunFolder:
 
     def _facts(self, dataset) -> dict:
         """The environment of now, and the inputs of the run's beginning (of now, where it recorded none)."""
-        place = self.path / "environment.json"
-        before = json.loads(place.read_text(encoding="utf-8")) if self.goes_on and place.exists() else {}
+        before = self._read("environment.json") if self.goes_on else {}
         known, now = before.get("inputs"), input_hashes(self.recipe, dataset)
         if known is None:  # of an earlier version, which kept the document's alone
             known = {document_name(self.recipe): before["document"]["sha256"]} if "document" in before else {}
@@ -120,6 +118,17 @@ class RunFolder:
         if document is not None:
             facts["document"] = {"name": document.name, "sha256": document.sha256}
         return facts | {"inputs": now | known}
+
+    def _read(self, name: str) -> dict:
+        """What the run keeps in a file; empty where it has none yet. Raises CheckpointError for a broken one."""
+        file = self.path / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{file} is broken ({error}); restore it, or train into another --output") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{file} holds no object; restore it, or train into another --output")
+        return found
 
     def close(self) -> None:
         """Lets other processes train here."""

@@ -62,8 +62,8 @@ def together(shapes: Sequence[Shape], most_tokens: int, each: int = 0) -> list[l
     """Indices of the shapes that should share a forward: the least padding and the fewest forwards.
 
     A forward holds at most `most_tokens` of prompts, stems and rows (or one prompt with its own), what prompts share
-    not counted; it costs `FORWARD_TOKENS` and `each`
-    (what prompts share) more. Deterministic; they come by how long their completions are after the stem.
+    not counted; it costs `FORWARD_TOKENS` and `each` (what prompts share) more. Deterministic; they come by how long
+    their completions are after the stem.
     """
     order = sorted(range(len(shapes)), key=lambda i: shapes[i].longest - shapes[i].stem)
     best, cut = [0.0], [0]

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mpi_mlx.errors import ServingError
-from mpi_mlx.serving.target import context_length, resolve_target
+from mpi_mlx.models.context import context_length
+from mpi_mlx.serving.target import resolve_target
 
 RECIPE = """
 model: {base: BASE}

@@ -162,6 +162,20 @@ def test_a_run_that_recorded_no_inputs_goes_on_and_has_them_from_then(project, t
     assert [name for name in now if now[name] != recorded[name]] == [str(rows)]
 
 
+@pytest.mark.parametrize("name", ["progress.json", "environment.json"])
+def test_a_truncated_file_of_the_run(base, tmp_path, capsys, name):
+    file, run = write_recipe(tmp_path / "r.yaml", base, [SFT], evaluation={"after": []}), tmp_path / "run"
+    stopped(load_recipe(file, output=run))
+    whole = (run / name).read_text()
+    (run / name).write_text(whole[: len(whole) // 2])
+    kept = {p: b for p, b in files(run).items() if p.name != "lock"}
+    code, _, err = command(capsys, run, "--resume")
+    assert code == 2 and err.count("\n") == 1 and f"{run / name} is broken" in err and "restore it" in err
+    assert {p: b for p, b in files(run).items() if p.name != "lock"} == kept
+    (run / name).write_text(whole)
+    assert command(capsys, run, "--resume")[0] == 0
+
+
 # ---- what of the recipe may change
 
 
