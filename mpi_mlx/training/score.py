@@ -16,7 +16,7 @@ import numpy as np
 from mpi_mlx.models import kv
 from mpi_mlx.models.pieces import Cluster, Piece, cluster_prompts, embed_pieces
 from mpi_mlx.training.losses import token_logprobs
-from mpi_mlx.training.stems import Shape, common_stem, padded, stem_limit, together
+from mpi_mlx.training.stems import Shape, common_stem, padded, split_by_stem, stem_limit, together
 
 LEAST_SHARED = 64  # a shorter beginning that prompts share is not worth its own forward
 
@@ -69,6 +69,13 @@ class _Tree:
     stem: np.ndarray
     tails: list[np.ndarray]
     begun: object
+
+
+def parted(groups: Sequence[Group]) -> list[list[list[int]]]:
+    """For each group, which completions should be scored apart, as groups of their own: see `split_by_stem`."""
+    clusters = cluster_prompts([prompt for prompt, _ in groups], LEAST_SHARED)
+    shared = {i: cluster.shared for cluster in clusters for i in cluster.indices}
+    return [split_by_stem(len(prompt) - 1 - shared[i], found) for i, (prompt, found) in enumerate(groups)]
 
 
 def forwards(groups: Sequence[Group], most_tokens: int) -> list[list[int]]:

@@ -28,6 +28,48 @@ def common_stem(completions: Sequence[np.ndarray]) -> int:
     return int(differs[0]) if len(differs) else rows.shape[1]
 
 
+def split_by_stem(prompt: int, completions: Sequence[np.ndarray]) -> list[list[int]]:
+    """Indices of the completions (equal ones together) that should each be forwarded as a group of its own.
+
+    One that differs early leaves a group little that all of it begins with. Apart, each part carries the prompt's
+    `prompt` tokens and a stem of its own: where they differ first, completions part by the token that they go on with,
+    or the largest part leaves the others, if that costs fewer tokens; and so on within the parts.
+
+    >>> split_by_stem(2, [np.array([1, 2, 3, 4, 5, 6]), np.array([1, 2, 3, 4, 5, 7]), np.array([8, 9])])
+    [[0, 1], [2]]
+    """
+    same: dict[bytes, list[int]] = {}
+    for i, completion in enumerate(completions):
+        same.setdefault(np.asarray(completion, np.int32).tobytes(), []).append(i)
+    if not same:
+        return []
+    copies = list(same.values())
+    _, parts = _cheapest(prompt, [completions[c[0]] for c in copies], list(range(len(copies))))
+    return sorted(sorted(i for k in part for i in copies[k]) for part in parts)
+
+
+def _cheapest(prompt: int, completions: Sequence[np.ndarray], members: list[int]) -> tuple[int, list[list[int]]]:
+    """(tokens, parts) of the cheapest way to part `members`."""
+    chosen = [completions[i] for i in members]
+    stem = common_stem(chosen)
+    whole = (prompt + stem + sum(len(c) - stem for c in chosen), [members])
+    children: dict[int, list[int]] = {}
+    for i in members:
+        children.setdefault(int(completions[i][stem]), []).append(i)
+    if len(children) < 2:
+        return whole
+    largest, *others = sorted(children.values(), key=len, reverse=True)
+    best = _cheapest(prompt, completions, largest)
+    ways = [whole, _joined([best, *(_cheapest(prompt, completions, child) for child in others)])]
+    if len(others) > 1:
+        ways.append(_joined([best, _cheapest(prompt, completions, sorted(sum(others, [])))]))
+    return min(ways, key=lambda way: way[0])
+
+
+def _joined(ways: Sequence[tuple[int, list[list[int]]]]) -> tuple[int, list[list[int]]]:
+    return sum(tokens for tokens, _ in ways), [part for _, parts in ways for part in parts]
+
+
 class Shape(NamedTuple):
     """A prompt and its completions, as far as their cost goes."""
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpi_mlx.training.stems import FORWARD_TOKENS, Shape, common_stem, padded, stem_limit, together
+from mpi_mlx.training.stems import FORWARD_TOKENS, Shape, common_stem, padded, split_by_stem, stem_limit, together
 
 
 def rows(*lists):
@@ -76,3 +76,35 @@ def test_a_beginning_that_prompts_share_keeps_them_together():
     shapes = [Shape(10, 4, 8, 0), Shape(10, 4, 64, 0)]  # apart: 4 x 56 tokens less
     assert together(shapes, most_tokens=10**6) == [[0], [1]]
     assert together(shapes, most_tokens=10**6, each=1000) == [[0, 1]]
+
+
+def ids(*completions):
+    return [np.array([int(c) for c in completion], np.int32) for completion in completions]
+
+
+def test_one_that_differs_early_is_put_apart():
+    """123456, 123457 and 89 after a prompt of 2: as one 2 + 6 + 6 + 2 = 16, apart (2 + 5 + 2) + (2 + 1 + 1) = 13."""
+    assert split_by_stem(2, ids("123456", "123457", "89")) == [[0, 1], [2]]
+    # a prompt of 6 costs more than the stem of 5 spares: 6 + 14 = 20 against (6 + 5 + 2) + (6 + 2) = 21
+    assert split_by_stem(6, ids("123456", "123457", "89")) == [[0, 1, 2]]
+    # equal ones stay together, in the order they came in
+    assert split_by_stem(2, ids("89", "123456", "89", "123457")) == [[0, 2], [1, 3]]
+    assert split_by_stem(2, ids("5", "5")) == [[0, 1]] and split_by_stem(0, []) == []
+    # parts of parts: three stems
+    assert split_by_stem(1, ids("11111123", "11111145", "11222267", "11222289", "99")) == [[0, 1], [2, 3], [4]]
+
+
+def test_apart_never_costs_more():
+    rng = np.random.default_rng(3)
+    for prompt in (0, 1, 5, 30):
+        same = [rng.integers(0, 9) for _ in range(9)]
+        found = [np.concatenate([np.zeros(n), rng.integers(0, 3, 8)]).astype(np.int32) for n in same]
+        parts = split_by_stem(prompt, found)
+        assert sorted(i for part in parts for i in part) == list(range(9))
+
+        def tokens(part, found=found, prompt=prompt):
+            shape = Shape.of(prompt, [found[i] for i in part])
+            different = {found[i].tobytes(): len(found[i]) for i in part}.values()
+            return prompt + shape.stem + sum(n - shape.stem for n in different)
+
+        assert sum(map(tokens, parts)) <= tokens(range(9))
