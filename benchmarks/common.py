@@ -144,7 +144,25 @@ def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: 
 
     `head`: the size of an attention head; there are half as many of keys and values as of queries.
     """
-    folder = CACHE / "checkpoints" / f"{kind}-{vocabulary}-{hidden}-{layers}-{head}"
+    text = dict(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=704)
+    text |= dict(num_attention_heads=hidden // head, num_key_value_heads=max(1, hidden // (2 * head)))
+    sections = [4, 6, 6]
+    vision = dict(depth=4, hidden_size=128, intermediate_size=512, fullatt_block_indexes=[3])
+    return _random(f"{kind}-{vocabulary}-{hidden}-{layers}-{head}", kind, text, sections, vision, "float32")
+
+
+def checkpoint_3b() -> Path:
+    """Random weights in bfloat16 in the shapes of Qwen2.5-VL-3B; making them takes 25 GB of memory once."""
+    text = dict(vocab_size=151936, hidden_size=2048, num_hidden_layers=36, intermediate_size=11008)
+    text |= dict(num_attention_heads=16, num_key_value_heads=2, rope_theta=1e6)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
+    vision |= dict(fullatt_block_indexes=[7, 15, 23, 31])
+    return _random("qwen2_5_vl-3B", "qwen2_5_vl", text, [16, 24, 24], vision, "bfloat16")
+
+
+def _random(name: str, kind: str, text: dict, sections: list[int], vision: dict, dtype: str) -> Path:
+    """The folder of a checkpoint with the embedded model's tokenizer and processor."""
+    folder = CACHE / "checkpoints" / name
     if (folder / "model.safetensors").exists():
         return folder
     import mlx.core as mx
@@ -157,24 +175,21 @@ def checkpoint(kind: str, *, vocabulary: int = 8192, hidden: int = 256, layers: 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((tiny / "config.json").read_text())
-    config.update(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=704)
-    config.update(num_attention_heads=hidden // head, num_key_value_heads=max(1, hidden // (2 * head)))
-    config["max_position_embeddings"] = 32768
+    config.update(text, max_position_embeddings=32768, torch_dtype=dtype)
     if kind == "llama":
         config.update(model_type="llama", architectures=["LlamaForCausalLM"])
         del config["vision_config"], config["rope_scaling"]
         (folder / "preprocessor_config.json").unlink()
     else:
-        config["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 6, 6]}
-        vision = config["vision_config"]
-        vision.update(depth=4, hidden_size=128, intermediate_size=512, out_hidden_size=hidden)
-        vision["fullatt_block_indexes"] = [3]
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": sections}
+        config["vision_config"].update(vision, out_hidden_size=text["hidden_size"])
         processor = json.loads((folder / "preprocessor_config.json").read_text())
         processor.update(min_pixels=3136, max_pixels=1003520)
         processor["size"] = {"shortest_edge": 3136, "longest_edge": 1003520}
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     (folder / "config.json").write_text(json.dumps(config))
-    weights = dict(tree_flatten(build_net(config, seed=0).parameters()))
+    net = build_net(config, seed=0)
+    weights = {key: value.astype(getattr(mx, dtype)) for key, value in tree_flatten(net.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
 

@@ -1,13 +1,14 @@
 """Our RL step's time against the prompts' length and the groups' size, and the prompts' share of the update.
 
-python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add] [--processor]
+python benchmarks/growth.py [--repeats 5] [--lengths 128 512 2048] [--groups 2 8 32] [--add] [--processor] [--real]
 python benchmarks/growth.py --run runs/quickstart [--repeats 5] [--lengths 128 512] [--groups 2 8 32] [--add]
 
 The share: seconds that the prompts' own forward and backward take alone (gradients arriving at every layer's keys and
 values, as the completions send them), of the update's.
 
 Random weights draw completions that share nothing. `--run` takes a run's agent as it was before its rl stage, and the
-run's own prompts, as they are and lengthened: what completions share is not computed twice.
+run's own prompts, as they are and lengthened: what completions share is not computed twice. `--real`: weights in the
+shapes of Qwen2.5-VL-3B in bfloat16, for GPUs.
 """
 
 import argparse
@@ -28,31 +29,36 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--add", action="store_true", help="keep the other lengths in results/")
     parser.add_argument("--processor", action="store_true", help="processor seconds, for machines that are shared")
+    parser.add_argument("--real", action="store_true")
     parser.add_argument("--run", help="folder of a finished run, its agent instead of random weights")
     options = parser.parse_args()
     if options.run:
         return trained(options)
-    file = common.HERE / "results" / "growth.json"
+    name = "growth_3b" if options.real else "growth"
+    file = common.HERE / "results" / f"{name}.json"
     rows = json.loads(file.read_text())["table"] if options.add else []
     table = {(r["length"], r["group"]): r for r in rows}
     for length in options.lengths:
         for group, row in zip(options.groups, measure(length, options), strict=True):
             table[length, group] = {"length": length, "group": group, **row}
             show(table[length, group])
-    common.save("growth", {"table": [table[key] for key in sorted(table)]})
+    common.save(name, {"table": [table[key] for key in sorted(table)]})
     for length in sorted({length for length, _ in table}):
         groups = sorted(group for at, group in table if at == length)
         pairs = zip(groups[:-1], groups[1:], strict=True)
         steps = [table[length, b]["seconds"] / table[length, a]["seconds"] for a, b in pairs]
         print(f"{length:5d} tokens: the next group size costs x {', '.join(f'{s:.2f}' for s in steps)}")
-    figure(table)
+    figure(table, name)
 
 
 def measure(length: int, options) -> list[dict]:
     """Medians of a step for each group size, the sizes measured in turn."""
-    folder = str(common.checkpoint("llama"))
+    if options.real:
+        same = dict(checkpoint=str(common.checkpoint_3b()), dtype="bfloat16")
+    else:
+        same = dict(checkpoint=str(common.checkpoint("llama")))
     prompts = [{"text": common.words(length - TEMPLATE, i)} for i in range(PROMPTS)]
-    work = dict(checkpoint=folder, prompts=prompts, tokens=TOKENS, phases=True)
+    work = dict(**same, prompts=prompts, tokens=TOKENS, phases=True)
     sides = [common.Side(str(group), "ours_rl.py", group=group, **work) for group in options.groups]
     results = common.alternate(sides, options.repeats)
     kind, rows = "cpu_seconds" if options.processor else "seconds", []
@@ -109,7 +115,7 @@ def show(row: dict) -> None:
     )
 
 
-def figure(table: dict) -> None:
+def figure(table: dict, name: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +149,7 @@ def figure(table: dict) -> None:
     axes[2].set(ylim=(0, 1), ylabel="prompts' share of the update")
     fig.suptitle(f"{PROMPTS} prompts, completions of {TOKENS} tokens", fontsize=10)
     fig.tight_layout()
-    fig.savefig(common.HERE / "results" / "growth.png", dpi=150)
+    fig.savefig(common.HERE / "results" / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Supervised fine-tuning: images against mlx-vlm, text of unequal lengths against mlx-lm and mlx-train-perf.
 
-python benchmarks/sft.py [--repeats 5] [--only images|text] [--add]
+python benchmarks/sft.py [--repeats 5] [--only images|text] [--add] [--real]
+
+`--real`: images alone, on weights in the shapes of Qwen2.5-VL-3B in bfloat16 and larger pictures, for GPUs.
 """
 
 import argparse
@@ -28,19 +30,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=["images", "text"])
     parser.add_argument("--add", action="store_true", help="to the repeats in results/")
+    parser.add_argument("--real", action="store_true")
     options = parser.parse_args()
-    if options.only in (None, "images"):
+    if options.real or options.only in (None, "images"):
         rows = [
             {"query": common.words(30, i), "answer": common.words(60, 1000 + i), "image": image}
-            for i, image in enumerate(common.pictures(64))
+            for i, image in enumerate(common.pictures(64, 448 if options.real else 224))
         ]
-        work = dict(checkpoint=str(common.checkpoint("qwen2_5_vl")), rows=rows, epochs=4, batch=8)
+        work = dict(rows=rows, epochs=4, batch=8)
+        if options.real:
+            work |= dict(checkpoint=str(common.checkpoint_3b()), dtype="bfloat16")
+        else:
+            work |= dict(checkpoint=str(common.checkpoint("qwen2_5_vl")))
         sides = [
             common.Side("mpi-mlx", "ours_sft.py", **work),
             common.Side("mlx-vlm", "mlx_vlm_sft.py", common.peer_python("mlx-vlm"), **work),
         ]
-        compare("images", sides, options, {"mlx-vlm": 0.5})
-    if options.only in (None, "text"):
+        compare("images_3b" if options.real else "images", sides, options, {"mlx-vlm": 0.5})
+    if not options.real and options.only in (None, "text"):
         rows = [
             {"query": common.words(10, i), "answer": common.words(50 + (i * 37 % 64) * 350 // 63, 1000 + i)}
             for i in range(64)

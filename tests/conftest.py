@@ -1,4 +1,8 @@
-"""Makes cli/ and recipes/ importable by their installed names from a checkout that is not installed."""
+"""Makes cli/ and recipes/ importable by their installed names from a checkout that is not installed.
+
+The figures that tests assert are those of float32, on every device: GPUs would load models in bfloat16, and CUDA
+would take float32 products in TF32.
+"""
 
 import importlib.util
 import os
@@ -19,4 +23,9 @@ if importlib.util.find_spec("mpi_mlx_cli") is None:
         part for part in (_links.name, os.environ.get("PYTHONPATH")) if part
     )
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mpi_mlx  # noqa: E402, F401  before any test imports mlx: the BLAS that is found has to be opened first
+from mpi_mlx import runtime  # noqa: E402
+
+runtime.default_dtype = lambda: "float32"

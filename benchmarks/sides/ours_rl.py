@@ -42,7 +42,7 @@ def example(index, prompt):
     return SimpleNamespace(**fields)
 
 
-model = load_model(options["checkpoint"], dtype="float32")
+model = load_model(options["checkpoint"], dtype=options.get("dtype", "float32"))
 model.eos_ids = frozenset()  # completions of full length on all sides
 lora = dict(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", kind="lora", projector=False)
 attach_lora(model, SimpleNamespace(**lora))
@@ -98,5 +98,6 @@ while True:
     spent = clock.read()
     same = {"tokens": rollout["tokens"], "length": rollout["length"], "drift": step.metrics["drift"]}
     peaks = {"peak": max(rollout["peak"], mx.get_peak_memory()), "update_peak": mx.get_peak_memory()}
+    peaks["cache"] = mx.get_cache_memory()  # what the allocator keeps for reuse
     alone = prompts_alone() if options.get("phases") else {}
     report(**phases(spent, clocked), **alone, **same, **peaks)

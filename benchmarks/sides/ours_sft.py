@@ -25,7 +25,7 @@ def example(index, row):
     return SimpleNamespace(id=str(index), messages=messages, tools=None, answer=row["answer"], reasoning=None)
 
 
-model = load_model(options["checkpoint"], dtype="float32")
+model = load_model(options["checkpoint"], dtype=options.get("dtype", "float32"))
 lora = dict(rank=8, alpha=16.0, dropout=0.0, targets="all-linear", kind="lora", projector=False)
 attach_lora(model, SimpleNamespace(**lora))
 rows, epochs, batch = options["rows"], options["epochs"], options["batch"]

@@ -174,7 +174,8 @@ class _Tiled(NamedTuple):
             sums.append([matrix, bias])
         added = [(cotangent * hidden).astype(hidden.dtype), cotangent.squeeze(-1)]
         return [
-            mx.concatenate([tile[i] for tile in sums]).at[self.targets].add(added[i]) for i in range(len(weights))
+            mx.concatenate([tile[i] for tile in sums]).at[self.targets].add(added[i]).astype(weight.dtype)
+            for i, weight in enumerate(weights)
         ]
 
 

@@ -238,3 +238,23 @@ def test_aggregate_refuses():
         losses.aggregate(VALUES, MASK, "constant")
     with pytest.raises(ValueError, match="mean"):
         losses.aggregate(VALUES, MASK, "mean")
+
+
+@pytest.mark.parametrize("hidden", (mx.bfloat16, mx.float32))
+def test_gradients_come_in_the_types_of_what_they_are_of(hidden):
+    """Also where a norm in float32 hands its output to a head in 16 bits."""
+    matrix, bias = (mx.random.normal(s, key=mx.random.key(1)).astype(mx.bfloat16) for s in ((50, 16), (50,)))
+    states = mx.random.normal((5, 16), key=mx.random.key(2)).astype(hidden)
+    targets = mx.array([3, 1, 4, 1, 5])
+
+    def tiled(matrix, bias, states):
+        return losses.token_logprobs((matrix, bias), states, targets).sum()
+
+    def plain(matrix, bias, states):
+        logits = (states @ matrix.T + bias).astype(mx.float32)
+        return (mx.take_along_axis(logits, targets[:, None], -1)[:, 0] - mx.logsumexp(logits, axis=-1)).sum()
+
+    found, wanted = (mx.grad(f, argnums=(0, 1, 2))(matrix, bias, states) for f in (tiled, plain))
+    assert [g.dtype for g in found] == [mx.bfloat16, mx.bfloat16, hidden]
+    for a, b in zip(found, wanted, strict=True):
+        assert mx.abs(a - b).max() < 0.03 * mx.abs(b).max()
