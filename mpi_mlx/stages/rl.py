@@ -95,8 +95,9 @@ class RolloutSource:
             self._score_reference(micros)
         if spec.minibatches > 1:  # the model will have moved when the next part's turn comes
             self._score_old(micros)
-        count = world.sum_numbers([_normaliser(groups, spec)])[0]
-        tokens = sum(len(r.completion_ids) for g in groups for r in g.rollouts)
+        own = sum(len(r.completion_ids) for g in groups for r in g.rollouts)
+        count, tokens = world.sum_numbers([_normaliser(groups, spec), own])
+        tokens = round(tokens)
         if self.labelled is not None:
             count = count or 1.0  # labelled rows are learned from where no group has a signal, too
             labelled = self.labelled.batch(number)

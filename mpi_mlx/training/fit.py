@@ -80,7 +80,8 @@ def fit(
     """
     for step in range(start, total):
         began = time.perf_counter()
-        mx.random.seed((seed * 1_000_003 + step) % 2**32)
+        # each process drops out by masks of its own
+        mx.random.seed((seed * 1_000_003 + step + 7_919_000_003 * world.world().rank()) % 2**32)
         batch = source.batch(step)
         rate = learning_rate_at(step, total, spec)
         losses, sums = [], {}

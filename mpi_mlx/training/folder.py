@@ -70,10 +70,21 @@ class RunFolder:
                 f"{self.path} holds the run of another recipe: here {told(wrong)}; go on with its own "
                 f"(mpi-mlx train {shlex.quote(str(self.path))} --resume), or choose another --output"
             )
+        self._same_processes()
         if not resume:
             raise CheckpointError(f"{self.path} already holds this run; add --resume, or choose another --output")
         if self._lock is not None:
             self._lock.sign()
+
+    def _same_processes(self) -> None:
+        """Steps, and who draws what, depend on how many processes train."""
+        before, now = self._read("environment.json").get("processes"), world.world().size()
+        if before is not None and before != now:
+            raise CheckpointError(
+                f"{self.path} was begun by {_processes(before)}, and this would be {_processes(now)}; go on with "
+                f"{before} (mlx.launch -n {before}, or without it where the recipe says `processes`), or train into "
+                "another --output"
+            )
 
     def begin(self, dataset=None) -> None:
         """Writes what the run is made of, or looks whether that is as it was when the run began.
@@ -113,7 +124,7 @@ class RunFolder:
                 f"{' and '.join(different)}: changed since the run in {self.path} began; put back what it was, "
                 "or train anew into another --output"
             )
-        facts = environment()
+        facts = environment() | {"processes": world.world().size()}
         document = None if dataset is None else dataset.document
         if document is not None:
             facts["document"] = {"name": document.name, "sha256": document.sha256}
@@ -186,6 +197,10 @@ class RunFolder:
         if self.writes:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _processes(count: int) -> str:
+    return "one process" if count == 1 else f"{count} processes"
 
 
 def _left_over(name: str) -> bool:

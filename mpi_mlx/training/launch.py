@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from mpi_mlx.errors import TrainingError
 
 LIFELINE = "MPI_MLX_LIFELINE"  # a pipe's end that closes when the launcher dies
 PATIENCE = 5.0  # seconds that the other ranks get to say what went wrong themselves, and to end
@@ -95,15 +98,18 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports of the loopback that nothing listens on now.
+
+    From below those that systems give to outgoing connections, which could take one before it is listened on.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 200):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise TrainingError(f"no {count} free ports between 20000 and 32768 on this machine, which its processes need")
 
 
 def _start(command, number: int, environment, folder: Path, reading: int, error_variable: str) -> _Rank:

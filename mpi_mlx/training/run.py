@@ -193,7 +193,7 @@ class _Run:
             yield report
             stop = self._stop_everywhere()
             if looks:
-                loss = validation(self.model, spec, self.dataset)
+                loss = world.of_main(validation(self.model, spec, self.dataset))
                 folder.append_metrics(row if loss is None else {**row, "validation_loss": loss})
             if loss is not None:
                 validated = ValidationReport(spec.stage, step, loss)
@@ -231,6 +231,7 @@ class _Run:
         return self.stopped
 
     def _close_stage(self, index: int, spec, module, root: Path, seconds: float, kept: dict) -> Iterator[object]:
+        world.barrier()  # until every process has read the best checkpoint, none is deleted
         if world.is_main():
             if self.whole:
                 save_model(self.model, self.folder.stage(index, spec.stage) / "model")

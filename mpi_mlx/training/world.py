@@ -44,6 +44,13 @@ def sum_numbers(values: list[float]) -> list[float]:
     return mx.distributed.all_sum(mx.array(values, mx.float32), group=world()).tolist()
 
 
+def of_main(value: float | None) -> float | None:
+    """Rank 0's number on every process, so that all decide alike (float32); None where it is None everywhere."""
+    if value is None or world().size() == 1:
+        return value
+    return sum_numbers([value if is_main() else 0.0])[0]
+
+
 def gather_objects(mine: list) -> list:
     """Lists of JSON values of every process, joined in rank order, on every process."""
     import json

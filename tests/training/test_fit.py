@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpi_mlx.errors import TrainingError
+from mpi_mlx.training import world
 from mpi_mlx.training.fit import Batch, fit
 from mpi_mlx.training.optimizer import Optimizer
 
@@ -129,6 +130,25 @@ def test_a_step_draws_the_same_numbers_whenever_it_is_run():
     for (a, wa, _), (b, wb, _) in zip(whole[2:], rest, strict=True):
         assert a.loss == b.loss and mx.array_equal(wa, wb)
     assert whole[0][0].loss != train()[0][0][0].loss
+
+
+def test_each_process_draws_numbers_of_its_own(monkeypatch):
+    """Dropout masks, for one; rank 0 draws what a process alone draws."""
+
+    class Drawing(Source):
+        def batch(self, step):
+            seen.append(mx.random.uniform().item())
+            return super().batch(step)
+
+    numbers = []
+    for rank in (None, 0, 1):
+        if rank is not None:
+            group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 1)
+            monkeypatch.setattr(world, "world", lambda group=group: group)
+        seen = []
+        train(source=Drawing, total=3)
+        numbers.append(seen)
+    assert numbers[0] == numbers[1] and len(set(numbers[0] + numbers[2])) == 6
 
 
 def test_minibatches_are_updated_in_turn_each_with_its_own_count():
