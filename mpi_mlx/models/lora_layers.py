@@ -53,11 +53,43 @@ def _update(module: nn.Module, x: mx.array) -> mx.array:
 
     The (T, rank) product is scaled, not the (T, outputs) one: element-wise work is what costs on CPU.
     """
+    if "_held" in module:
+        a, b, _ = module._held
+        return (x @ a) @ b
     a, b = module.lora_a.astype(x.dtype), module.lora_b.astype(x.dtype)
     return ((module.dropout(x) @ a) * module.scale) @ b
 
 
-class LoRALinear(VlmLoRALinear):
+class Held:
+    """Adapted linears that can hold their update as it is now, for as long as they are only sampled from.
+
+    Casting and scaling A and B are small operations, but thousands of them a token: on GPUs, where a decoded token's
+    time is that of launching its operations, they take as long as the model itself.
+    """
+
+    def hold(self) -> None:
+        """Keeps A and scale B in the base's type until :meth:`let_go`; gives the adapter no gradient."""
+        matrices = (self.lora_a, self.lora_b * self.scale)
+        kept = [mx.stop_gradient(m.astype(self.linear_dtype)) for m in matrices]
+        self._held = (*kept, self.factor())
+
+    def let_go(self) -> None:
+        self.pop("_held", None)
+
+    @property
+    def held(self) -> bool:
+        return "_held" in self
+
+    def factor(self) -> mx.array | None:
+        """What the whole output is multiplied by (outputs,); None: nothing."""
+        return None
+
+    @property
+    def linear_dtype(self) -> mx.Dtype:
+        return self.linear.scales.dtype if "scales" in self.linear else self.linear.weight.dtype
+
+
+class LoRALinear(Held, VlmLoRALinear):
     """y = W x + b + scale B A x (arXiv 2106.09685), A = ``lora_a.T``, B = ``lora_b.T``.
 
     Args:
@@ -98,10 +130,13 @@ class LoRALinear(VlmLoRALinear):
         y = self.linear(x)
         if not self.switch.enabled:
             return y
+        if "_held" in self:
+            a, b, _ = self._held
+            return mx.addmm(y, x @ a, b)
         return y + _update(self, x)
 
 
-class DoRALinear(VlmDoRALinear):
+class DoRALinear(Held, VlmDoRALinear):
     """DoRA (arXiv 2402.09353): magnitude ``m`` times the direction of W + scale B A, its norm detached.
 
     The norm of the adapted rows is taken from |W|^2, W A and A^T A, so no matrix of W's size is made.
@@ -141,9 +176,8 @@ class DoRALinear(VlmDoRALinear):
         )
         return mx.sqrt(mx.maximum(square, 1e-24))
 
-    @property
-    def linear_dtype(self) -> mx.Dtype:
-        return self.linear.scales.dtype if "scales" in self.linear else self.linear.weight.dtype
+    def factor(self) -> mx.array:
+        return mx.stop_gradient((self.m / self._norm()).astype(self.linear_dtype))
 
     def weight_now(self) -> mx.array:
         """As :meth:`LoRALinear.weight_now`."""
@@ -156,5 +190,6 @@ class DoRALinear(VlmDoRALinear):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.switch.enabled:
             return self.linear(x)
-        out = (self.m / self._norm()).astype(x.dtype) * (self._product(x) + _update(self, x))
+        factor = self._held[2] if "_held" in self else (self.m / self._norm()).astype(x.dtype)
+        out = factor * (self._product(x) + _update(self, x))
         return out + self.linear.bias if "bias" in self.linear else out

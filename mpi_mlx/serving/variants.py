@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mpi_mlx.models.adapters import load_adapter, remove_adapters
-from mpi_mlx.models.lora_layers import DoRALinear, LoRALinear
+from mpi_mlx.models.lora_layers import Held
 
 
 class Variants:
@@ -29,9 +30,12 @@ class Variants:
             if folder is not None:
                 load_adapter(model, folder)
                 named = model.net.named_modules()
-                layers = {path: layer for path, layer in named if isinstance(layer, (LoRALinear, DoRALinear))}
+                layers = {path: layer for path, layer in named if isinstance(layer, Held)}
                 plain.update({path: layer.linear for path, layer in layers.items()})
                 model.net.eval()
+                for layer in layers.values():  # nothing is trained here
+                    layer.hold()
+                mx.eval([value for layer in layers.values() for _, value in tree_flatten(layer._held)])
             found[name] = (layers, model.lora_spec, model.projector_trained)
             if folder is not None:
                 remove_adapters(model)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -89,8 +90,6 @@ def test_where_it_would_not_pay_or_not_be_the_same(case, qwen_folder):
     model = load_model(qwen_folder, dtype="bfloat16" if case == "16 bits" else None)
     with_lora(model, kind="dora" if case == "dora" else "lora", dropout=0.5 if case == "dropout" else 0.0)
     if case == "quantized":
-        import mlx.nn as nn
-
         for module in model.net.modules():
             if "lora_a" in module:
                 module.linear = nn.QuantizedLinear.from_linear(module.linear, group_size=32)
@@ -102,6 +101,42 @@ def test_where_it_would_not_pay_or_not_be_the_same(case, qwen_folder):
         return
     with merged_adapters(model, LEAST_TOKENS - 1 if case == "few tokens" else 10**6) as done:
         assert not done
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "quantized"])
+def test_what_is_not_merged_is_held_and_the_same_function(kind, base, qwen_folder):
+    model = load_model(qwen_folder, dtype="bfloat16" if base == "bfloat16" else None)
+    with_lora(model, kind=kind)
+    if base == "quantized":
+        for module in model.net.modules():
+            if "lora_a" in module:
+                module.linear = nn.QuantizedLinear.from_linear(module.linear, group_size=32)
+    before = hidden(model)
+    names = [name for name, _ in tree_flatten(model.net.parameters())]
+    with merged_adapters(model, LEAST_TOKENS - 1) as done:
+        layers = [m for m in model.net.modules() if "lora_a" in m]
+        assert not done and layers and all(m.held for m in layers)
+        held = hidden(model)
+        assert [name for name, _ in tree_flatten(model.net.parameters())] == names
+        with model.adapters_disabled():
+            off = hidden(model)
+    assert held.dtype == before.dtype
+    close = 0.03 if base == "bfloat16" else 1e-5
+    assert mx.abs(held - before).max() < close * mx.abs(before).max()
+    assert mx.abs(off - before).max() > 0.1 * mx.abs(before).max()
+    assert mx.array_equal(hidden(model), before) and not any(m.held for m in layers)
+
+
+def test_what_is_held_drops_nothing_and_gives_no_gradient(qwen_folder):
+    model = with_lora(load_model(qwen_folder), dropout=0.5)
+    model.net.train()
+    with merged_adapters(model, 1):
+        assert not any(m.held for m in model.net.modules() if "lora_a" in m)  # their masks are drawn
+    model.net.eval()
+    with merged_adapters(model, 1):
+        gradients = nn.value_and_grad(model.net, lambda: hidden(model).sum())()[1]
+    assert all(mx.abs(g).max() == 0 for _, g in tree_flatten(gradients))
 
 
 def test_an_error_within_unmerges(adapted):
