@@ -41,7 +41,7 @@ def open_image(image: ImageRef) -> Image.Image:
             with Image.open(path) as opened:
                 return as_seen(opened)
         except BROKEN as error:
-            problem = f"image {_shown(path)} cannot be read ({why_broken(error)})"
+            problem = f"image {_shown(path)} cannot be read ({why_broken(error, path)})"
     raise DataError(f"{problem}; restore the file or drop the example")
 
 
@@ -91,7 +91,7 @@ def check_image(path: Path, *, decode: bool = False) -> str | None:
             else:
                 image.verify()
     except BROKEN as error:
-        return f"image {_shown(path)} cannot be read ({why_broken(error)})"
+        return f"image {_shown(path)} cannot be read ({why_broken(error, path)})"
     return None
 
 
@@ -105,11 +105,13 @@ def _missing(path: Path) -> str | None:
     return f"image {_shown(path)} does not exist"
 
 
-def why_broken(error: Exception) -> str:
-    """What one of BROKEN, raised while a picture was read, says of it."""
+def why_broken(error: Exception, source: object = None) -> str:
+    """What one of BROKEN, raised while a picture was read from `source`, says of it."""
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: scale it down"
     if isinstance(error, UnidentifiedImageError):
+        if str(source).lower().endswith((".heic", ".heif")):
+            return "HEIC, as phones write it, is not read: save it as JPEG or PNG"
         return "not an image"
     return getattr(error, "strerror", None) or str(error) or "broken"
 

@@ -110,7 +110,7 @@ def load_image(source: ImageSource) -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"image {source} does not exist; check the path in the example") from None
     except BROKEN as error:
-        raise DataError(f"image {source} cannot be read ({why_broken(error)}); replace the file") from None
+        raise DataError(f"image {source} cannot be read ({why_broken(error, source)}); replace the file") from None
 
 
 class ImageStore:

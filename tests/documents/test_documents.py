@@ -106,6 +106,7 @@ def test_markdown_round_trip(folder):
         ("![x](https://example.org/a.png)", r"policy\.md:1: .*not a local file; save it beside"),
         ("![x](broken.png)", r"policy\.md:1: image '.*broken\.png' cannot be read"),
         ("![x](notes.png)", r"policy\.md:1: .*not an image"),
+        ("![x](phone.HEIC)", r"policy\.md:1: .*HEIC, as phones write it, is not read: save it as JPEG or PNG"),
         (" \n\n", "the document is empty"),
     ],
 )
@@ -113,6 +114,7 @@ def test_bad_documents_name_file_and_line(tmp_path, text, message):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
     (tmp_path / "notes.png").write_text("hello")
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x1cftypheic" + bytes(400))
     (tmp_path / "policy.md").write_text(text)
     with pytest.raises(DataError, match=message):
         load_document(tmp_path)
