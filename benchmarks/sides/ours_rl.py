@@ -11,12 +11,13 @@ import mlx.nn as nn  # noqa: E402
 
 from mpi_mlx.documents import from_text  # noqa: E402
 from mpi_mlx.models import load_model  # noqa: E402
+from mpi_mlx.models.kv import recording_caches  # noqa: E402
 from mpi_mlx.models.lora import attach_lora  # noqa: E402
+from mpi_mlx.models.pieces import Piece, embed_pieces  # noqa: E402
 from mpi_mlx.stages.rl import RolloutSource  # noqa: E402
 from mpi_mlx.stages.rl_objective import RolloutObjective  # noqa: E402
 from mpi_mlx.training.fit import fit  # noqa: E402
 from mpi_mlx.training.optimizer import Optimizer  # noqa: E402
-from mpi_mlx.training.score import _begin  # noqa: E402
 
 options = settings()
 
@@ -77,8 +78,11 @@ def prompts_alone() -> dict:
     """Seconds of the last batch's prompts' own forward and backward, without their completions'."""
 
     def loss(pairs):
-        _, _, blocks, _ = _begin(model, pairs)
-        return sum(x.sum() for b in blocks for p in b.prefixes for x in (*p.keys, *p.values))
+        pieces = [Piece(prompt, 0, len(prompt)) for prompt, _ in pairs]
+        caches = recording_caches(model.num_layers)
+        embeds, positions, _ = embed_pieces(model, pieces)
+        model.hidden(embeds, positions, caches)
+        return sum(cache.keys.sum() + cache.values.sum() for cache in caches)
 
     clock = Clock()
     for micro in rollout["micros"]:

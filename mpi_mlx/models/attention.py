@@ -19,7 +19,7 @@ from mpi_mlx.errors import ModelError
 from mpi_mlx.runtime import on_cpu
 
 MASKED = -1e9
-_CAUSAL_BLOCK, _CAUSAL_BLOCK_GPU = 128, 512  # queries a block: keys after the block are never looked at
+CAUSAL_BLOCK, CAUSAL_BLOCK_GPU = 128, 512  # queries a block: keys after the block are never looked at
 KEEP_BYTES = 16 * 2**20
 """Scores of one call up to this size are kept for the backward pass; larger ones are computed again."""
 _BLOCK_BYTES, _BLOCK_BYTES_GPU = 32 * 2**20, 256 * 2**20
@@ -166,7 +166,7 @@ def causal_attention(
     keep, outputs = 2 * rows * heads * length * keys.shape[2] <= KEEP_BYTES, []
     if known < 0:
         raise ValueError(f"causal attention of {length} queries over {keys.shape[2]} keys")
-    block = _CAUSAL_BLOCK if on_cpu() else _CAUSAL_BLOCK_GPU
+    block = CAUSAL_BLOCK if on_cpu() else CAUSAL_BLOCK_GPU
     for start in range(0, length, block):
         stop = min(start + block, length)
         own, before = slice(known + start, known + stop), slice(0, known + start)

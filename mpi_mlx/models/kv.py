@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mpi_mlx.errors import ModelError
+from mpi_mlx.models.attending import AttendingCache, Window
 from mpi_mlx.models.attention import MASKED, attention_over_parts, packed_attention, route_attention
 
 _GROWTH = 64  # tokens by which decode buffers grow
@@ -175,13 +175,6 @@ class Block:
         return total
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Stands for a sliding-window mask on its way through the model to `attend`."""
-
-    size: int
-
-
 class Layout:
     """What the caches of all layers share: how rows continue prefixes, and the masks that follow."""
 
@@ -241,14 +234,12 @@ class Layout:
         return entries
 
 
-class SharedPrefixCache:
+class SharedPrefixCache(AttendingCache):
     """Rows that continue the prefixes of a `Layout`, several new tokens in one forward, differentiable.
 
     Records the new `keys` and `values` (B, H, T, D), so that they can be a `Prefix` in turn. Rows may be
     right-padded. Needs `route_attention` on the net.
     """
-
-    gradient = True
 
     def __init__(self, layout: Layout, layer: int):
         self.layout, self.layer, self.length = layout, layer, 0
@@ -259,19 +250,11 @@ class SharedPrefixCache:
     def offset(self) -> mx.array:
         return self.layout.offset(self.length)
 
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None):
-        """None, or a token that carries a window that matters: `attend` does the masking."""
-        longest = int(self.layout.lengths.max()) + self.length + length
-        return _Window(window_size) if window_size is not None and window_size < longest else None
+    def reach(self, length: int) -> int:
+        return int(self.layout.lengths.max()) + self.length + length
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if not self.layout.attended:
-            raise ModelError(
-                "this model's attention does not go through scaled_dot_product_attention, so prefixes cannot "
-                "be shared between rows; use another base model (or was kv.route_attention not called?)"
-            )
-        self.layout.attended = False
-        keys, values = self._store(keys, values)
+        keys, values = super().update_and_fetch(keys, values)
         self.length = keys.shape[2]
         return keys, values
 
@@ -282,7 +265,7 @@ class SharedPrefixCache:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
         """Attention (B, Hq, T, D) of `queries` over prefixes and the rows' own `keys` (B, H, L, D)."""
         self.layout.attended = True
-        window = mask.size if isinstance(mask, _Window) else None
+        window = mask.size if isinstance(mask, Window) else None
         biases = self.layout.biases(queries.shape[2], keys.shape[2], window)
         blocks, options = self.layout.blocks, dict(gradient=self.gradient)
         if len(blocks) == 1:

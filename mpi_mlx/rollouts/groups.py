@@ -42,10 +42,7 @@ class RolloutGroup:
 
     def weighted(self) -> RolloutGroup:
         """The group without the rollouts whose advantage is 0, which have no part in the clipped objective."""
-        return self.part([n for n, advantage in enumerate(self.advantages) if advantage])
-
-    def part(self, kept: list[int]) -> RolloutGroup:
-        """Some of its rollouts, with the advantages that they have in the whole."""
+        kept = [n for n, advantage in enumerate(self.advantages) if advantage]
         return replace(self, rollouts=tuple(self.rollouts[n] for n in kept), advantages=self.advantages[kept])
 
 

@@ -23,7 +23,7 @@ from mpi_mlx.stages.supervised import SupervisedSource
 from mpi_mlx.stages.survey import Survey, survey_prompts
 from mpi_mlx.training import world
 from mpi_mlx.training.fit import Batch
-from mpi_mlx.training.score import forwards, parted, score
+from mpi_mlx.training.score import forwards, score
 
 NOTHING = 1e-9  # the count of a part none of whose groups is kept
 
@@ -87,9 +87,7 @@ class RolloutSource:
         trained = groups
         if spec.negative_weight == 0 and spec.kl_coef == 0:
             trained = [g.weighted() for g in groups if g.advantages.any()]
-        split = parted([g.pair for g in trained])
-        trained = [group.part(kept) for group, parts in zip(trained, split, strict=True) for kept in parts]
-        parts = forwards([g.pair for g in trained], spec.micro_tokens)
+        parts = forwards([g.pair for g in trained], spec.micro_tokens, self.model.num_layers)
         micros = [RolloutMicro([trained[i] for i in part]) for part in parts]
         if spec.kl_coef > 0:
             self._score_reference(micros)

@@ -83,7 +83,7 @@ def test_causal_in_blocks(slow, length):
 
 @pytest.mark.parametrize("new, known", [(1, 9), (5, 3), (7, 0), (6, 20)])
 def test_the_last_queries_see_all_keys_before_them(new, known, monkeypatch):
-    monkeypatch.setattr(attention, "_CAUSAL_BLOCK", 3)
+    monkeypatch.setattr(attention, "CAUSAL_BLOCK", 3)
     arguments = arrays((2, 4, new, 8), (2, 2, known + new, 8), (2, 2, known + new, 8))
     compare(
         lambda q, k, v: attention.causal_attention(q, k, v, 0.3),

@@ -18,7 +18,10 @@ from mpi_mlx.models.full import train_all_weights
 from mpi_mlx.models.gradient_checkpointing import enable_gradient_checkpointing
 from mpi_mlx.models.kv import recording_caches
 from mpi_mlx.models.lora import attach_lora
-from mpi_mlx.training.score import score
+from mpi_mlx.training import score as score_module
+from mpi_mlx.training.rows import forward_rows
+from mpi_mlx.training.score import score, score_plain, split
+from mpi_mlx.training.tree import forward_tree
 
 VISION = {
     "qwen2_vl": write_qwen2_vl,
@@ -282,7 +285,8 @@ def test_quantized_base_on_cpu_is_dequantized_to_the_same_numbers(folders, tmp_p
 
 
 @pytest.mark.parametrize("name", [*VISION, *TEXT])
-def test_gradients_are_the_same_with_checkpointing(folders, name):
+@pytest.mark.parametrize("forward", [forward_rows, forward_tree])
+def test_gradients_are_the_same_with_checkpointing(folders, name, forward):
     """Of completions that continue their prompt's keys and values: the second forward begins where the first did."""
     model = load_model(folders(name))
     attach_lora(model, spec())
@@ -295,7 +299,7 @@ def test_gradients_are_the_same_with_checkpointing(folders, name):
 
     def gradients():
         def loss():
-            return score(model, [(prompt, completions)])[0].sum()
+            return (forward(model, [(prompt, completions)]).hidden ** 2).sum()
 
         return dict(tree_flatten(nn.value_and_grad(model.net, loss)()[1]))
 
@@ -303,3 +307,18 @@ def test_gradients_are_the_same_with_checkpointing(folders, name):
     enable_gradient_checkpointing(model)
     for key, value in gradients().items():
         assert mx.abs(value - plain[key]).max().item() <= 1e-4 * mx.abs(plain[key]).max().item() + 1e-7, key
+
+
+@pytest.mark.parametrize("name", [*VISION, *TEXT])
+@pytest.mark.parametrize("spared", [-1, 1])
+def test_scores_of_rows_and_trees_are_the_plain_forward_s(folders, name, spared, monkeypatch):
+    """Positions count from the prompt's last, and a sliding window from the token."""
+    model = load_model(folders(name))
+    monkeypatch.setattr(score_module, "trees_spare", lambda groups, layers: [spared] * len(groups))
+    images = [picture()] if model.is_multimodal else []
+    prompts = [model.encode([user(text, *images)], generation_prompt=True) for text in ("what is it " * 9, "who")]
+    completions = [np.array(c, np.int32) for c in ([5, 6, 7, 8, 9], [5, 6, 10], [5, 6], [11, 6, 7, 8], [5, 6, 7, 12])]
+    found = split(*score(model, [(prompts[0], completions), (prompts[1], completions[:2])]))
+    rows = [(prompts[0], c) for c in completions] + [(prompts[1], c) for c in completions[:2]]
+    for ours, (prompt, completion) in zip(found, rows, strict=True):
+        np.testing.assert_allclose(ours, np.array(score_plain(model, prompt, completion)), rtol=1e-4, atol=1e-4)

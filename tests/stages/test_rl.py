@@ -387,22 +387,22 @@ def test_how_groups_are_split_into_forwards_changes_nothing(model, dataset):
     assert (one, many) == (1, 4) and split == pytest.approx(whole, abs=1e-6) and abs(whole) > 1e-3
 
 
-def test_parting_groups_changes_nothing(model, dataset, monkeypatch):
-    """Nor does it drop a rollout: short prompts and few common tokens, so that groups do fall apart."""
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_trees_and_rows_give_the_same(model, dataset, monkeypatch, checkpointed):
+    """KL, policy-aware rollouts and all: whichever way completions are scored."""
     spec = spec_of(prompts=3, group_size=6, policy_aware=2, kl_coef=0.1)
 
-    def loss():
+    def loss(spared):
+        monkeypatch.setattr(score_module, "trees_spare", lambda groups, layers: [spared] * len(groups))
         batch = source_of(model, dataset, spec, lambda n, e: float(n % 3)).batch(0)
         objective = RolloutObjective(model, spec)
         value, grads = nn.value_and_grad(model.net, lambda: sum(objective(m)[0] for m in batch.micros) / batch.count)()
-        rows = sum(len(m.rollouts) for m in batch.micros)
-        return len(groups_of(batch)), rows, value.item(), dict(tree_flatten(grads))
+        return value.item(), dict(tree_flatten(grads))
 
-    monkeypatch.setattr(score_module, "split_by_stem", lambda prompt, found: [list(range(0, 3)), list(range(3, 8))])
-    parts, rows, value, grads = loss()
-    monkeypatch.setattr(score_module, "split_by_stem", lambda prompt, found: [list(range(8))])
-    whole, same, expected, plain = loss()
-    assert (parts, whole) == (6, 3) and rows == same == 24
+    expected, plain = loss(-1)
+    enable_gradient_checkpointing(model, checkpointed)
+    value, grads = loss(1)
+    enable_gradient_checkpointing(model, False)
     assert value == pytest.approx(expected, abs=1e-6) and abs(value) > 1e-3
     for name in plain:
         assert mx.abs(grads[name] - plain[name]).max().item() <= 1e-4 * mx.abs(plain[name]).max().item() + 1e-7, name

@@ -12,8 +12,9 @@ from PIL import Image
 import mpi_mlx.assets
 from mpi_mlx.models import load_model
 from mpi_mlx.rollouts.sampler import sample
+from mpi_mlx.training import score as score_module
+from mpi_mlx.training.rows import padded
 from mpi_mlx.training.score import forwards, score, score_plain, split
-from mpi_mlx.training.stems import common_stem, padded
 
 TINY = Path(mpi_mlx.assets.__file__).parent / "tiny"
 DOCUMENT = "If the sphere is red then answer yes. Otherwise say the colour of the largest cube. " * 4
@@ -87,13 +88,28 @@ def cases(model, name):
             for (p, _), start, lengths in zip(groups, starts, ends, strict=True)
         ]
         groups[1][1].append(groups[1][1][0])
+    if name == "branches":  # and begin alike in parts; one of them is what another begins with
+        (p, (a, b, c)), (q, (d, e, f)), (r, _) = groups
+        more = completions(rng, 3, 4, 5)
+        found = [np.concatenate([b, x]) for x in more] + [np.concatenate([b[:7], more[0], x]) for x in more]
+        groups = [(p, [*found, a, b, b[:7], found[1]]), (q, [e, np.concatenate([e, f]), f]), (r, [d])]
     return groups
 
 
-@pytest.mark.parametrize("name", ["even", "ragged", "document", "mixed", "repeated", "stems", "stems and document"])
+NAMES = ["even", "ragged", "document", "mixed", "repeated", "stems", "stems and document", "branches"]
+
+
+def force(monkeypatch, way):
+    spared = 1 if way == "tree" else -1
+    monkeypatch.setattr(score_module, "trees_spare", lambda groups, layers: [spared] * len(groups))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("way", ["tree", "rows"])
 @pytest.mark.parametrize("which", ["vision", "text"])
-def test_equals_plain_forward(which, name, request):
+def test_equals_plain_forward(which, way, name, request, monkeypatch):
     model = request.getfixturevalue(which)
+    force(monkeypatch, way)
     groups = cases(model, name)
     width = padded(max(len(c) for _, cs in groups for c in cs))
     weight = mx.random.uniform(shape=(sum(len(c) for _, c in groups), width))
@@ -135,6 +151,7 @@ def test_sampler_and_scorer_agree(which, request):
 
 
 def test_equal_completions_are_forwarded_once(text, monkeypatch):
+    force(monkeypatch, "rows")
     forwarded = []
     hidden = text.hidden
     monkeypatch.setattr(text, "hidden", lambda x, *rest: forwarded.append(x.shape[0]) or hidden(x, *rest))
@@ -142,16 +159,42 @@ def test_equal_completions_are_forwarded_once(text, monkeypatch):
     assert forwarded == [3, 3 + 4 + 3]  # prompts, then of 5, 4 and 5 completions those that differ
 
 
-@pytest.mark.parametrize("name", ["stems", "stems and document"])
-def test_what_completions_begin_with_is_forwarded_with_their_prompt(vision, monkeypatch, name):
-    """Rows are of what follows; of a single completion, that is its last token."""
+@pytest.mark.parametrize("name", ["stems", "stems and document", "mixed", "branches"])
+def test_what_begins_alike_is_forwarded_once(vision, monkeypatch, name):
+    """Every beginning of a prompt and completion that something follows; an image counts for its placeholders."""
     groups = cases(vision, name)
-    assert [common_stem(c) for _, c in groups] == [13, 22, 18]
+    force(monkeypatch, "tree")
     forwarded = []
     hidden = vision.hidden
     monkeypatch.setattr(vision, "hidden", lambda x, *rest: forwarded.append(x.shape[:2]) or hidden(x, *rest))
     score(vision, groups)
-    assert forwarded[-1] == (3 + 1 + 8, 8)
+    beginnings = set()
+    for prompt, found in groups:
+        ids = prompt.ids.astype(object)
+        ids[prompt.visual] = [image.key for image in prompt.images for _ in range(image.num_tokens)]
+        for completion in found:
+            whole = (*ids, *completion.tolist())
+            beginnings.update(whole[:n] for n in range(1, len(whole)))
+    assert forwarded == [(len(beginnings), 1)]
+
+
+def test_completions_that_share_much_make_a_tree(text):
+    prompt, rng = encode(text, "what is it?"), np.random.default_rng(1)
+    apart = completions(rng, 16, 16, 16)
+    alike = [np.concatenate([apart[0][:12], c]) for c in completions(rng, 4, 4, 4)]
+    own = len(prompt) - 1
+    # 3 rows of 16, and of the prompt's last layer, one of two, keys and values; as a tree, 15 tokens a completion
+    expected = [own / 2 + 48 - 1.2 * (len(prompt) + tokens) for tokens in (3 * 15, 12 + 3 * 3)]
+    (first,), (second,) = (score_module.trees_spare([(prompt, found)], 2) for found in (apart, alike))
+    assert [first, second] == pytest.approx(expected)
+    groups = [(prompt, apart), (prompt, alike), (prompt, apart)]
+    assert [s > 0 for s in score_module.trees_spare(groups, 10**6)] == [False, True, False]
+    assert forwards(groups, 10**6, 10**6) == [[1], [0, 2]]
+    # a document that prompts share is forwarded once in either way
+    longer = [(encode(text, query, DOCUMENT * 8), alike) for query in ("what is it?", "is it red?")]
+    assert [s > 0 for s in score_module.trees_spare(longer, 10**6)] == [True, True]
+    deep = [(prompt, [np.arange(8, 8 + score_module.TREE_DEPTH)] * 2)]
+    assert score_module.trees_spare(deep, 2) == [-float("inf")]
 
 
 def test_padding_changes_nothing(text):
@@ -167,7 +210,7 @@ def test_padding_changes_nothing(text):
 
 def test_groups_apart_give_what_they_give_together(text):
     groups = cases(text, "ragged")
-    parts = forwards(groups, most_tokens=24)
+    parts = forwards(groups, most_tokens=24, layers=2)
     assert len(parts) > 1 and sorted(i for part in parts for i in part) == [0, 1, 2]
     whole, apart = split(*score(text, groups)), {}
     for part in parts:
