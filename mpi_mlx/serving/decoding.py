@@ -82,9 +82,13 @@ def _attention(queries, keys, values, scale: float, mask) -> mx.array:
 
 
 def same_cache(cache: KVCache) -> PromptCache:
-    """A cache of the same arrays: MLX copies them when one of the two is written to."""
+    """A cache of the same keys and values: MLX copies them when one of the two is written to.
+
+    ``x[...]`` is another array of the same buffer. With the array itself, ``keys[..., a:b, :] = new`` in one cache
+    would change the other.
+    """
     other = PromptCache()
-    other.keys, other.values, other.offset = cache.keys, cache.values, cache.offset
+    other.keys, other.values, other.offset = cache.keys[...], cache.values[...], cache.offset
     return other
 
 
