@@ -29,12 +29,13 @@ class Answer:
         self.raw, self.over, self.failed, self.reason = "", False, True, "stop"
         self.sent = {"reasoning_content": "", "content": ""}
         self.prompt_tokens = self.cached_tokens = 0
+        self.opened = False  # the template has opened the trace, which the answer then begins within
 
     def begin(self, event: tuple) -> None:
         """The engine's first event. Raises what the engine raised."""
         self._raise(event)
         if event[0] == "begin":
-            self.prompt_tokens, self.cached_tokens = event[1:]
+            self.prompt_tokens, self.cached_tokens, self.opened = event[1:]
         else:
             self.over, self.reason = True, "stop"
         self.failed = False
@@ -69,10 +70,13 @@ class Answer:
             text = text[: len(text) - held]
         if not self.chat:
             return {"content": text}
-        reasoning, answer = Reply(text, False, ReplyStats()).parts
+        reasoning, answer = self._reply(text).parts
         if self.calls is not None and not (self.over and not self._called()):  # a call that is none is shown
             answer = self.calls.text(answer, self.over, bare=True)
         return {"reasoning_content": reasoning or "", "content": answer}
+
+    def _reply(self, text: str) -> Reply:
+        return Reply(text, False, ReplyStats(), opened=self.opened, over=self.over)
 
     def _chunks(self) -> list[dict]:
         made = []
@@ -85,7 +89,7 @@ class Answer:
     def _called(self) -> list[dict]:
         if self.calls is None:
             return []
-        found = self.calls.parse(Reply(self.raw, False, ReplyStats()).answer, self.asked.tools)
+        found = self.calls.parse(self._reply(self.raw).answer, self.asked.tools)
         return [
             {
                 "index": index,

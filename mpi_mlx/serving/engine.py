@@ -194,7 +194,7 @@ class Engine:
             return
         job.tokens = len(encoded) - start
         self.prefixes.put(job.variant, codes, caches)
-        job.emit("begin", len(encoded), start)
+        job.emit("begin", len(encoded), start, self.model.opens_trace(encoded))
         stream = decoding.TextStream(self.model.decode)
         limit = min(job.max_tokens, context - len(encoded))
         row = Row(job, codes, encoded.next_position, limit, stream, np.random.default_rng(job.seed))

@@ -24,8 +24,9 @@ class Job:
     """One completion to make.
 
     ``encode(model)`` gives the prompt, in the engine's thread. ``emit(kind, value)`` is called there, too:
-    ``("begin", prompt tokens, cached tokens)``, then ``("text", piece)`` ..., then ``("end", reason)``; or
-    ``("error", exception)``. ``characters`` of the prompt's text: a hopelessly long one is refused unread.
+    ``("begin", prompt tokens, cached tokens, whether the prompt opens the trace)``, then ``("text", piece)`` ...,
+    then ``("end", reason)``; or ``("error", exception)``. ``characters`` of the prompt's text: a hopelessly long
+    one is refused unread.
     """
 
     encode: Callable[[Any], Any]

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.atomic import atomic_write
-from mpi_mlx.data.completion import THINK_OPEN, split_completion
+from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN, split_completion
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import ServingError
 from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
-from mpi_mlx.serving.calls import CallFormat
+from mpi_mlx.serving.calls import CallFormat, overlap
 from mpi_mlx.serving.target import MAX_TOKENS
 
 
@@ -49,15 +49,18 @@ class Reply:
     stats: ReplyStats
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     opened: bool = False  # the prompt ended by opening the trace
+    over: bool = False  # nothing more is written to it
 
     @property
     def parts(self) -> tuple[str | None, str]:
-        """(reasoning or None, answer), of an answer that is still being written too."""
+        """(reasoning or None, answer); what may become a tag is left out while more is written."""
         text = self.text
+        if not self.over and THINK_OPEN.startswith(text.strip()):
+            return ("" if self.opened else None), ""
         if self.opened and THINK_OPEN not in text:
             text = THINK_OPEN + text
-        elif THINK_OPEN.startswith(text.strip()):  # perhaps a tag's beginning
-            return None, ""
+        if not self.over and THINK_OPEN in text:
+            text = text[: len(text) - overlap(text, THINK_CLOSE)]
         return split_completion(text)
 
     @property
@@ -238,6 +241,7 @@ class ChatSession:
         else:
             stats.ended = "interrupted"
         stats.seconds = time.perf_counter() - begin
+        self.reply.over = True
         known = min(caches[0].offset, len(encoded) + len(ids))
         decoding.trim(caches, known)
         self._kept[in_context] = np.concatenate([wanted, np.array(ids, np.int64)])[:known], caches
