@@ -26,6 +26,8 @@ from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.upkeep import Upkeep
 from mpi_mlx.serving.variants import Variants
 
+_SHORT = 256  # tokens of a prompt that the others hardly notice
+
 
 class Engine:
     """Runs jobs until closed.
@@ -166,21 +168,19 @@ class Engine:
             return self._waiting.popleft()
 
     def _admit(self) -> None:
-        """Prefills what may join; a single job between two steps, so that the others keep writing."""
+        """Prefills what may join; a single long prompt between two steps, so that the others keep writing."""
         while (job := self._take()) is not None:
+            forwarded, others = 0, self.active
             try:
-                self._prefill(job)
+                forwarded = self._prefill(job)
             except Exception as error:
                 self.counters.failed += not isinstance(error, MPIError)
                 job.emit("error", error)
-            if self.active > 1 and not self._short(job):
+            if others and forwarded > _SHORT:
                 return
 
-    @staticmethod
-    def _short(job: Job) -> bool:
-        return job.tokens <= 256
-
-    def _prefill(self, job: Job) -> None:
+    def _prefill(self, job: Job) -> int:
+        """Begins an answer; how many tokens it forwarded, those in the prefix cache left out."""
         begin = time.perf_counter()
         self._variants.use(job.variant)
         encoded, context = self._encode(job)
@@ -191,8 +191,7 @@ class Engine:
         if hidden is None:
             self.counters.cancelled += 1
             job.emit("end", "cancelled")
-            return
-        job.tokens = len(encoded) - start
+            return 0
         self.prefixes.put(job.variant, codes, caches)
         job.emit("begin", len(encoded), start, self.model.opens_trace(encoded))
         stream = decoding.TextStream(self.model.decode)
@@ -204,6 +203,7 @@ class Engine:
         self.counters.prompt_tokens += len(encoded)
         self.counters.cached_tokens += start
         self.counters.prefill_seconds += time.perf_counter() - begin
+        return len(encoded) - start
 
     def _encode(self, job: Job) -> tuple[Any, int]:
         """The prompt, and how many tokens it may have with its answer. Raises ServingError."""

@@ -169,3 +169,31 @@ def test_kept_prefixes_take_what_they_say(tiny_folder):
     assert len(engine.prefixes) == 32 and grown < 1.3 * engine.prefixes.used_bytes + (1 << 20), (
         grown, engine.prefixes.used_bytes,
     )  # fmt: skip
+
+
+def test_one_long_prompt_between_two_steps(tiny_folder):
+    """While an answer is written, long prompts come one by one, each after a step; short ones all at once."""
+    from mpi_mlx.models import load_model
+
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}).load()
+    order, prefill, step = [], engine._prefill, engine._step
+
+    def noted_prefill(job):
+        order.append("long" if job.characters else "short")
+        return prefill(job)
+
+    def noted_step(batch):
+        if order[-1] != "step":  # of several batches
+            order.append("step")
+        step(batch)
+
+    engine._prefill, engine._step = noted_prefill, noted_step
+    # 300 words are more than 256 tokens; the number makes sure that none is known from the one before
+    questions = ["yes"] + [f"{n} " + "cube " * 300 for n in range(3)] + ["no", "refuse"]
+    found = [Collected() for _ in questions]
+    for question, emit in zip(questions, found, strict=True):
+        engine.submit(job(question, emit, max_tokens=8, characters=len(question) if len(question) > 99 else 0))
+    engine.close()
+    engine.work()  # in this thread, until all is answered
+    assert all(emit.events[-1][0] == "end" for emit in found)
+    assert order == ["short", *["long", "step"] * 3, "short", "short", "step"]
