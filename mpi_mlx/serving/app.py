@@ -150,8 +150,7 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         with Claim(self.held) as claim:
-            asked = parse(await self._body(request, claim), ChatRequest)
-            self._known(asked)
+            asked = await self._parsed(request, claim, ChatRequest)
             loop = asyncio.get_running_loop()
             messages, pixels = await loop.run_in_executor(
                 self._workers, conversation, asked, self.options.limits
@@ -169,8 +168,7 @@ class _Server:
 
     async def complete(self, request: Request) -> Response:
         with Claim(self.held) as claim:
-            asked = parse(await self._body(request, claim), CompletionRequest)
-            self._known(asked)
+            asked = await self._parsed(request, claim, CompletionRequest)
 
             def encode(model):
                 empty = model.encode([{"role": "user", "content": ""}])
@@ -185,9 +183,13 @@ class _Server:
             answer = Answer(asked, chat=False)
             return await self._run(request, answer, encode, asked.max_tokens, len(asked.prompt), claim)
 
-    def _known(self, asked) -> None:
+    async def _parsed(self, request: Request, claim: Claim, kind):
+        """The request, of a model that is there. Large bodies take a while: the loop does not wait for them."""
+        body = await self._body(request, claim)
+        asked = await asyncio.get_running_loop().run_in_executor(self._workers, parse, body, kind)
         if asked.model not in self.options.defaults:
             self._unknown(asked.model)
+        return asked
 
     async def _run(
         self, request: Request, answer: Answer, encode, most: int | None, characters: int, claim: Claim

@@ -11,6 +11,8 @@ from mpi_mlx.serving.limits import Limits, Refused
 from mpi_mlx.serving.pictures import Pictures
 
 TOOLS = 1 << 20  # characters of all descriptions
+ITEMS = 1 << 14  # of a list, whatever they are
+LISTS = {"messages": (dict, "an object"), "tools": (dict, "an object"), "stop": (str, "a text")}
 
 
 class _Request(BaseModel):
@@ -55,6 +57,7 @@ def parse(body: bytes, kind: type[_Request]):
         raise Refused(f"the body is not JSON ({str(error)[:100]})") from None
     if not isinstance(raw, dict):
         raise Refused("the body is not a JSON object")
+    _check_items(raw)
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -69,6 +72,18 @@ def parse(body: bytes, kind: type[_Request]):
     if isinstance(request, ChatRequest) and (request.response_format or {}).get("type", "text") != "text":
         raise Refused("response_format: only text is offered", param="response_format")
     return request
+
+
+def _check_items(raw: dict) -> None:
+    """Refuses the first wrong item of a list: pydantic makes an error of each, of a million in a small body too."""
+    for name, (kind, said) in LISTS.items():
+        items = raw.get(name)
+        items = items if isinstance(items, list) else []
+        if len(items) > ITEMS:
+            raise Refused(f"{name}: at most {ITEMS:,} items", param=name)
+        for place, item in enumerate(items):
+            if not isinstance(item, kind):
+                raise Refused(f"{name}.{place}: {said} is wanted", param=f"{name}.{place}")
 
 
 def _load(text: bytes | str) -> Any:

@@ -31,3 +31,18 @@ def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "a red one.png"
     Image.new("RGB", (56, 84), (200, 30, 30)).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder):
+    """A tiny model behind the endpoints, for modules without one of their own."""
+    pytest.importorskip("openai")
+    from http_server import serving
+
+    from mpi_mlx.models import load_model
+    from mpi_mlx.serving.engine import Engine
+
+    engine = Engine(lambda: load_model(tiny_folder), {"tiny": None}, max_rows=4).start()
+    with serving(engine, max_tokens=100) as served:
+        yield served
+    engine.close()

@@ -4,23 +4,12 @@ import json
 
 import pytest
 
-openai = pytest.importorskip("openai")
-from http_server import Says, serving  # noqa: E402
+pytest.importorskip("openai")
+from http_server import Says  # noqa: E402
 
 from mpi_mlx.serving.answers import Answer  # noqa: E402
 from mpi_mlx.serving.calls import CallFormat  # noqa: E402
-from mpi_mlx.serving.engine import Engine  # noqa: E402
 from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, parse  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder):
-    from mpi_mlx.models import load_model
-
-    engine = Engine(lambda: load_model(tiny_folder), {"tiny": None}, max_rows=4).start()
-    with serving(engine, max_tokens=100) as served:
-        yield served
-    engine.close()
 
 
 def answer(kind=ChatRequest, opened=False, **options):
