@@ -157,16 +157,19 @@ class Draw:
     def __call__(
         self, hidden: mx.array, temperature: Sequence[float], top_p: Sequence[float], uniform: Sequence[float]
     ) -> mx.array:
-        """``uniform`` numbers in [0, 1) choose the tokens, by inverting each row's distribution."""
+        """``uniform`` numbers in [0, 1) choose the tokens, by inverting each row's distribution.
+
+        A temperature or a nucleus of 0 takes the likeliest token.
+        """
         logits = self.model.head(hidden).astype(mx.float32)
         if self.bias is not None:
             logits = logits + self.bias
         best = mx.argmax(logits, axis=-1)
-        heat = np.asarray(temperature, np.float32)
+        nucleus = np.asarray(top_p, np.float32)
+        heat = np.where(nucleus > 0, np.asarray(temperature, np.float32), 0.0)
         if not heat.any():
             return best
         chances = elementwise.softmax(logits / mx.array(np.maximum(heat, 1e-4))[:, None])
-        nucleus = np.asarray(top_p, np.float32)
         if (nucleus < 1.0).any():
             falling = -mx.sort(-chances, axis=-1)
             before = mx.cumsum(falling, axis=-1) - falling

@@ -148,6 +148,8 @@ def test_draw_inverts_the_distribution(tiny):
     assert draw(hidden, [1.0] * 4, [0.7] * 4, rows).tolist() == [0, 1, 1, 1]
     assert draw(hidden, [1.0] * 4, [0.7, 1.0, 0.1, 1.0], rows).tolist() == [0, 1, 1, 2]
     assert draw(hidden, [0.0, 1.0, 0.0, 1.0], [1.0] * 4, [0.9] * 4).tolist() == [1, 2, 1, 2]
+    assert draw(hidden, [1.0] * 4, [0.0, 1.0, 0.0, 1.0], [0.9] * 4).tolist() == [1, 2, 1, 2]  # an empty nucleus
+    assert draw(hidden, [1.0] * 4, [0.0] * 4, rows).tolist() == [1] * 4
 
 
 def test_text_streams_whole_characters(tiny):
