@@ -11,7 +11,7 @@ from typing import Any
 from mpi_mlx.errors import MPIError
 from mpi_mlx.serving.calls import CallFormat, overlap
 from mpi_mlx.serving.limits import Refused
-from mpi_mlx.serving.session import Reply, ReplyStats
+from mpi_mlx.serving.replies import Reply, ReplyStats
 
 
 class Answer:

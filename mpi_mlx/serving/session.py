@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from mpi_mlx.atomic import atomic_write
-from mpi_mlx.data.completion import THINK_CLOSE, THINK_OPEN, split_completion
 from mpi_mlx.documents import PolicyDocument, place_document
 from mpi_mlx.errors import ServingError
 from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
-from mpi_mlx.serving.calls import CallFormat, overlap
+from mpi_mlx.serving.calls import CallFormat
+from mpi_mlx.serving.replies import Reply, ReplyStats
 from mpi_mlx.serving.target import MAX_TOKENS
-
-
-@dataclass
-class ReplyStats:
-    """What an answer took. ``cached_tokens`` of the ``prompt_tokens`` were still known from earlier turns."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    first_token_seconds: float = 0.0
-    seconds: float = 0.0
-    ended: str = "stop"  # or "length", "interrupted"
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, the first token left out."""
-        spent = self.seconds - self.first_token_seconds
-        return (self.completion_tokens - 1) / spent if self.completion_tokens > 1 and spent > 0 else 0.0
-
-
-@dataclass
-class Reply:
-    """An answer: its text as generated, and how it came about."""
-
-    text: str
-    in_context: bool
-    stats: ReplyStats
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    opened: bool = False  # the prompt ended by opening the trace
-    over: bool = False  # nothing more is written to it
-
-    @property
-    def parts(self) -> tuple[str | None, str]:
-        """(reasoning or None, answer); what may become a tag is left out while more is written."""
-        text = self.text
-        if not self.over and THINK_OPEN.startswith(text.strip()):
-            return ("" if self.opened else None), ""
-        if self.opened and THINK_OPEN not in text:
-            text = THINK_OPEN + text
-        if not self.over and THINK_OPEN in text:
-            text = text[: len(text) - overlap(text, THINK_CLOSE)]
-        return split_completion(text)
-
-    @property
-    def reasoning(self) -> str | None:
-        """The trace, None where there is none."""
-        return self.parts[0]
-
-    @property
-    def answer(self) -> str:
-        """What follows the trace."""
-        return self.parts[1]
 
 
 class ChatSession:
