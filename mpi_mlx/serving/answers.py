@@ -72,7 +72,7 @@ class Answer:
             return {"content": text}
         reasoning, answer = self._reply(text).parts
         if self.calls is not None and not (self.over and not self._called()):  # a call that is none is shown
-            answer = self.calls.text(answer, self.over, bare=True)
+            answer = self.calls.text(answer, self.over, bare=True, tools=self.asked.tools)
         return {"reasoning_content": reasoning or "", "content": answer}
 
     def _reply(self, text: str) -> Reply:

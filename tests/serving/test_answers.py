@@ -57,6 +57,15 @@ def test_traces_are_told_from_answers(opened, text, reason, expected):
     assert whole(answer(opened=opened), text, reason) == (*expected, reason)
 
 
+def test_an_answer_in_json_is_no_call():
+    tool = {"type": "function", "function": {"name": "refund", "parameters": {"type": "object", "properties": {}}}}
+    text = '{"name": "Alice", "age": 5}'
+    assert streamed(answer(tools=[tool]), text) == ("", text, "stop") == whole(answer(tools=[tool]), text)
+    call = '{"name": "refund", "arguments": {}}'
+    assert streamed(answer(tools=[tool]), call) == ("", "", "tool_calls")
+    assert whole(answer(tools=[tool]), call) == ("", None, "tool_calls")
+
+
 def test_a_plain_completion_has_no_trace():
     made = answer(CompletionRequest, opened=True)  # its prompt may end with the tag
     made.take([("text", "red</think>stop"), ("end", "stop")])

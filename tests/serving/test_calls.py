@@ -53,3 +53,26 @@ def test_the_template_tells_the_form():
     assert call_parser(with_tools + "<tool_call>{{ tool_call.name }}") is None
     assert call_parser(with_tools + "[TOOL_CALLS]") is mistral
     assert call_parser(with_tools + "<tool_call>\n<function={{ f }}>") is qwen3_coder
+
+
+@pytest.mark.parametrize(
+    ("answer", "called"),
+    [
+        ('{"name": "f", "arguments": {"a": 1}}', True),
+        ('{"name": "f", "parameters": {"a": 1}}', True),
+        ('{"type": "function", "function": {"name": "f", "arguments": "{\\"a\\": 1}"}}', True),
+        ('[{"name": "f", "arguments": {"a": 1}}]', True),
+        ('{"name": "Alice", "age": 5}', False),
+        ('{"name": "f"}', False),  # no arguments
+        ('{"name": "g", "arguments": {"a": 1}}', False),  # not offered
+        ('{"name": ["f"], "arguments": {"a": 1}}', False),
+        ('[{"name": "f", "arguments": {"a": 1}}, {"name": "Alice"}]', False),
+        ('[{"name": "f", "arguments": {"a": 1}}, 5]', False),
+    ],
+)
+def test_untagged_json_is_a_call_of_an_offered_tool_or_an_answer(answer, called):
+    calls = CallFormat()
+    assert calls.parse(answer, TOOLS) == called * [{"name": "f", "arguments": {"a": 1}}]
+    assert calls.text(answer, bare=True, tools=TOOLS) == ("" if called else answer)
+    assert calls.parse(answer, [{}]) == [] and calls.text(answer, bare=True, tools=[{}]) == answer
+    assert calls.parse(f"<tool_call>{answer}</tool_call>", TOOLS)  # what is tagged is always taken for a call
