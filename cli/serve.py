@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import signal
 import socket
 import threading
@@ -144,6 +145,8 @@ def _run(app, engine, listening: socket.socket, names: str) -> None:
 
     from mpi_mlx.errors import ServingError
 
+    # to standard error: what a client is told of an internal error says little
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False,
         proxy_headers=False, timeout_graceful_shutdown=60, timeout_keep_alive=30,

@@ -7,6 +7,7 @@ its row joins the batch; rows that have ended are taken out. Caches are mlx-lm's
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from mpi_mlx.serving.prefixes import PrefixCache
 from mpi_mlx.serving.upkeep import Upkeep
 from mpi_mlx.serving.variants import Variants
 
+log = logging.getLogger(__name__)
 _SHORT = 256  # tokens of a prompt that the others hardly notice
 
 
@@ -84,11 +86,12 @@ class Engine:
         with self._condition:
             if self._closing:
                 raise Busy("the server is stopping")
-            if len(self._waiting) >= self.max_queue:
+            most = self.max_queue + max(0, self.max_rows - self.active)
+            if len(self._waiting) >= most:
                 self._drop_cancelled()
-            if len(self._waiting) >= self.max_queue:
+            if len(self._waiting) >= most:
                 self.counters.refused += 1
-                raise Busy(f"{len(self._waiting)} requests are waiting already; try again later")
+                raise Busy(f"{self.active} requests are being answered, {self.waiting} waiting; try again later")
             self.counters.requests += 1
             self._waiting.append(job)
             self._condition.notify()
@@ -153,6 +156,8 @@ class Engine:
                 self._fail_all(error)
 
     def _fail_all(self, error: Exception) -> None:
+        log.exception("%d answers failed", self.active)
+        self.prefixes.clear()  # where memory ran out, it is needed; where a bug is, they are not to be trusted
         for row in (row for batch in self._batches for row in batch.rows):
             self.counters.failed += 1
             row.job.emit("error", error)
@@ -174,7 +179,9 @@ class Engine:
             try:
                 forwarded = self._prefill(job)
             except Exception as error:
-                self.counters.failed += not isinstance(error, MPIError)
+                if not isinstance(error, MPIError):  # those say themselves what is wrong with the request
+                    log.exception("an answer failed before it began")
+                    self.counters.failed += 1
                 job.emit("error", error)
             if others and forwarded > _SHORT:
                 return

@@ -24,6 +24,10 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forgets all."""
+        self._entries, self.used_bytes = [], 0
+
     def fetch(self, label: str, codes: np.ndarray) -> tuple[list[PromptCache] | None, int]:
         """Caches of the longest known beginning of ``codes`` (T,), and its length; (None, 0): nothing known.
 

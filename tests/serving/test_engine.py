@@ -133,10 +133,66 @@ def test_cancelled_and_refused_and_too_long(engine):
     engine.submit(job("yes no " * 2500, emit))
     assert emit.over.wait(60)
     assert "at most 2,047" in str(emit.events[0][1])
-    engine.max_queue, before = 0, engine.max_queue
+    before = engine.max_queue, engine.max_rows
+    engine.max_queue = engine.max_rows = 0
     with pytest.raises(Busy, match="waiting"):
         engine.submit(job("yes", Collected()))
-    engine.max_queue = before
+    engine.max_queue, engine.max_rows = before
+
+
+def test_places_are_no_queue(tiny_folder):
+    """Without a queue, as many are taken as are answered together."""
+    from mpi_mlx.models import load_model
+
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}, max_rows=2, max_queue=0).load()
+    found = [Collected() for _ in range(3)]
+    for emit in found[:2]:
+        engine.submit(job("yes", emit))
+    with pytest.raises(Busy, match="0 requests are being answered, 2 waiting"):
+        engine.submit(job("yes", found[2]))
+    engine._admit()
+    assert (engine.active, engine.waiting) == (2, 0)
+    with pytest.raises(Busy, match="2 requests are being answered, 0 waiting"):
+        engine.submit(job("yes", found[2]))
+    engine.close()
+    engine.work()
+    assert [bool(emit.events) for emit in found] == [True, True, False]
+
+
+def test_what_fails_is_logged_and_nothing_of_it_kept(tiny_folder, caplog):
+    from mpi_mlx.errors import ServingError
+    from mpi_mlx.models import load_model
+
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}).load()
+
+    def broken(*_):
+        raise RuntimeError("no memory in layer 7")
+
+    def refused(model):
+        raise ServingError("not this")
+
+    def run(emit, one):
+        engine.submit(one)
+        engine._admit()
+        return emit.events
+
+    emit = Collected()
+    assert run(emit, Job(refused, emit, "base", 4))[-1][0] == "error"
+    assert not caplog.records and engine.counters.failed == 0  # the client's own fault
+    engine._draw, draw = broken, engine._draw
+    emit = Collected()
+    assert run(emit, job("yes", emit))[-1][0] == "error"
+    (record,) = caplog.records
+    assert record.levelname == "ERROR" and "no memory in layer 7" in caplog.text
+    engine._draw = draw
+    emit = Collected()
+    assert run(emit, job("yes", emit))[0][0] == "begin" and len(engine.prefixes) == 1
+    caplog.clear()
+    engine._draw = broken
+    engine.close()
+    engine.work()
+    assert emit.events[-1][0] == "error" and "1 answers failed" in caplog.text and "layer 7" in caplog.text
+    assert len(engine.prefixes) == engine.prefixes.used_bytes == 0 and engine.counters.failed == 2
 
 
 def test_closing_finishes_what_was_asked(tiny_folder):

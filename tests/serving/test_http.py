@@ -201,6 +201,7 @@ def test_wrong_model_long_input_and_full_queue(server, monkeypatch):
     full = client.chat.completions.create(**ask("yes " * 2000, max_tokens=8192), temperature=0)  # to the brim
     assert 2000 < full.usage.prompt_tokens and full.usage.total_tokens <= 2048
     monkeypatch.setattr(server.engine, "max_queue", 0)
+    monkeypatch.setattr(server.engine, "max_rows", 0)
     with pytest.raises(openai.RateLimitError, match="waiting"):
         client.chat.completions.create(**ask("x"))
 
