@@ -123,7 +123,7 @@ class Answer:
         """What closes a stream: tool calls, the reason, and the usage where it was asked for."""
         calls = self._called()
         made = [self._chunk({"tool_calls": calls})] if calls else []
-        made.append(self._chunk({}, "tool_calls" if calls else self.reason))
+        made.append(self._chunk({}, self._reason(calls)))
         if (self.asked.stream_options or {}).get("include_usage"):
             made.append(self._envelope(chunk=True) | {"choices": [], "usage": self._usage(tokens)})
         return made
@@ -139,8 +139,11 @@ class Answer:
         if calls:
             message["tool_calls"] = calls
             message["content"] = message["content"] or None
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else self.reason}
+        choice = {"index": 0, "message": message, "finish_reason": self._reason(calls)}
         return self._envelope() | {"choices": [choice], "usage": self._usage(tokens)}
+
+    def _reason(self, calls: list[dict]) -> str:
+        return "tool_calls" if calls and self.reason == "stop" else self.reason  # one that was cut may lack calls
 
     def _usage(self, tokens: int) -> dict:
         return {

@@ -57,6 +57,14 @@ def test_traces_are_told_from_answers(opened, text, reason, expected):
     assert whole(answer(opened=opened), text, reason) == (*expected, reason)
 
 
+def test_a_call_that_was_cut_after_another_is_told():
+    one = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    for text, reason, told in ((one, "stop", "tool_calls"), (one + '<tool_call>{"na', "length", "length")):
+        made = answer(tools=[{}])
+        assert streamed(made, text, reason)[2] == told and len(made._called()) == 1
+        assert whole(answer(tools=[{}]), text, reason) == ("", None, told)
+
+
 def test_an_answer_in_json_is_no_call():
     tool = {"type": "function", "function": {"name": "refund", "parameters": {"type": "object", "properties": {}}}}
     text = '{"name": "Alice", "age": 5}'
