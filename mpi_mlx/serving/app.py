@@ -22,7 +22,8 @@ from mpi_mlx.serving.calls import CallFormat
 from mpi_mlx.serving.engine import Engine
 from mpi_mlx.serving.jobs import Busy, Job
 from mpi_mlx.serving.limits import Limits, Refused
-from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, characters, conversation, parse
+from mpi_mlx.serving.prompts import Prompt, chat_prompt, text_prompt
+from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, characters, conversation, fetches, parse
 from mpi_mlx.serving.traffic import Claim, EventStream, Held, Mail
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -67,6 +68,7 @@ class _Server:
         self.engine, self.options, self.started = engine, options, int(time.time())
         self.held = Held(options.limits.held_bytes)
         self._workers = ThreadPoolExecutor(8, "mpi-mlx-requests")
+        self._fetchers = ThreadPoolExecutor(8, "mpi-mlx-images")  # hosts may be slow; texts do not wait for them
         self._mail = Mail()
 
     def guarded(self, handler):
@@ -150,73 +152,73 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         with Claim(self.held) as claim:
-            asked = await self._parsed(request, claim, ChatRequest)
-            loop = asyncio.get_running_loop()
-            messages, pixels = await loop.run_in_executor(
-                self._workers, conversation, asked, self.options.limits
-            )
-            claim.hold(3 * pixels)
+            asked, size = await self._parsed(request, claim, ChatRequest)
+            limits = self.options.limits
             tools = asked.tools if asked.tool_choice != "none" else None
-            calls = CallFormat(self.engine.model.call_parser) if tools else None
 
-            def encode(model):
-                return model.encode(messages, tools=tools, generation_prompt=True)
+            def prepare() -> tuple[Prompt, int]:
+                messages = conversation(asked, limits, lambda pixels: claim.hold(size + 3 * pixels))
+                return chat_prompt(messages, tools), characters(messages)
 
+            pool = self._fetchers if limits.remote_images is not None and fetches(asked) else self._workers
+            loop = asyncio.get_running_loop()
             most = asked.max_completion_tokens or asked.max_tokens
-            answer = Answer(asked, chat=True, calls=calls)
-            return await self._run(request, answer, encode, most, characters(messages), claim)
+            # only the job knows the pictures, and it forgets them as soon as they are encoded
+            job, events = self._job(asked, most, *await loop.run_in_executor(pool, prepare))
+            calls = CallFormat(self.engine.model.call_parser) if tools else None
+            return await self._run(request, Answer(asked, chat=True, calls=calls), job, events, claim)
 
     async def complete(self, request: Request) -> Response:
         with Claim(self.held) as claim:
-            asked = await self._parsed(request, claim, CompletionRequest)
-
-            def encode(model):
-                empty = model.encode([{"role": "user", "content": ""}])
-                start = type(empty)(*(part[..., :0] for part in (empty.ids, empty.assistant, empty.visual)), (),
-                                    empty.position_ids[:, :0])  # fmt: skip
-                ids = model.tokenizer(asked.prompt)["input_ids"]
-                kept = [token for token in ids if token not in model.visual_ids]
-                if not kept:
-                    raise Refused("prompt: it is empty", param="prompt")
-                return start.concat(kept)
-
-            answer = Answer(asked, chat=False)
-            return await self._run(request, answer, encode, asked.max_tokens, len(asked.prompt), claim)
+            asked, _ = await self._parsed(request, claim, CompletionRequest)
+            job, events = self._job(asked, asked.max_tokens, text_prompt(asked.prompt), len(asked.prompt))
+            return await self._run(request, Answer(asked, chat=False), job, events, claim)
 
     async def _parsed(self, request: Request, claim: Claim, kind):
-        """The request, of a model that is there. Large bodies take a while: the loop does not wait for them."""
+        """The request, of a model that is there, and its bytes. Large ones take a while: the loop does not wait."""
         body = await self._body(request, claim)
         asked = await asyncio.get_running_loop().run_in_executor(self._workers, parse, body, kind)
         if asked.model not in self.options.defaults:
             self._unknown(asked.model)
-        return asked
+        return asked, len(body)
 
-    async def _run(
-        self, request: Request, answer: Answer, encode, most: int | None, characters: int, claim: Claim
-    ) -> Response:
-        asked = answer.asked
+    def _job(self, asked, most: int | None, prompt: Prompt, characters: int) -> tuple[Job, asyncio.Queue]:
+        """What the engine is to do, and where its events come in."""
         tokens, temperature, top_p = self.options.defaults[asked.model]
         if most is not None and most > self.options.limits.tokens:
             raise Refused(f"max_tokens: at most {self.options.limits.tokens:,}", param="max_tokens")
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(
-            encode, lambda *event: self._mail.post(loop, events, event), asked.model, most or tokens,
+            prompt, lambda *event: self._mail.post(loop, events, event), asked.model, most or tokens,
             temperature if asked.temperature is None else asked.temperature,
             top_p if asked.top_p is None else asked.top_p, asked.seed, characters,
         )  # fmt: skip
+        return job, events
+
+    async def _run(
+        self, request: Request, answer: Answer, job: Job, events: asyncio.Queue, claim: Claim
+    ) -> Response:
+        asked = answer.asked
         self.engine.submit(job)
         try:
             coming = self._events(request, events)
             answer.begin(await anext(coming))
             claim.release()
             if asked.stream:
-                return EventStream(self._chunks(answer, job, events), lambda: self.engine.cancel(job))
+                return EventStream(self._chunks(answer, job, events), lambda: self._leave(answer, job))
             while not answer.over:
                 answer.take([await anext(coming)])
             return JSONResponse(answer.whole(job.tokens))
         finally:
             if not asked.stream or answer.failed:
-                self.engine.cancel(job)
+                self._leave(answer, job)
+
+    def _leave(self, answer: Answer, job: Job) -> None:
+        """The model need not go on: the client is gone, or a stop text has come."""
+        if answer.over:
+            self.engine.satisfy(job)
+        else:
+            self.engine.cancel(job)
 
     @staticmethod
     async def _events(request: Request, events: asyncio.Queue) -> AsyncIterator[tuple]:

@@ -107,6 +107,10 @@ class Engine:
         """Its row leaves the batch before the next token."""
         job.cancelled = True
 
+    def satisfy(self, job: Job) -> None:
+        """So does the row of an answer that is all there; the next turn of its conversation may begin with it."""
+        job.satisfied = True
+
     def close(self) -> None:
         """Refuses new jobs, lets it finish those it has, and waits for its own thread, if it has one."""
         with self._condition:
@@ -219,7 +223,7 @@ class Engine:
         # no token stands for more characters than the longest has: what cannot fit is not even tokenized
         if job.characters > most * self._widest:
             raise ServingError(f"the prompt has {job.characters:,} characters; at most {most:,} tokens are taken")
-        encoded = job.encode(self.model)
+        encoded, job.encode = job.encode(self.model), None
         if len(encoded) > most:
             raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
         return encoded, context or len(encoded) + job.max_tokens
@@ -234,9 +238,11 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         """One token for every row of a batch."""
         begin = time.perf_counter()
-        gone = [row for row in batch.rows if row.job.cancelled]
+        gone = [row for row in batch.rows if row.job.cancelled or row.job.satisfied]
         for row in gone:
-            self._finish(row, "cancelled")
+            if row.job.satisfied:
+                self.prefixes.put(batch.variant, *batch.extract(row))
+            self._finish(row, "stop" if row.job.satisfied else "cancelled")
         batch.drop(gone)
         rows = batch.rows
         if not rows:

@@ -29,7 +29,7 @@ class Job:
     one is refused unread.
     """
 
-    encode: Callable[[Any], Any]
+    encode: Callable[[Any], Any] | None  # until it was called: it holds the request's pictures
     emit: Callable[..., None]
     variant: str
     max_tokens: int
@@ -38,6 +38,7 @@ class Job:
     seed: int | None = None
     characters: int = 0
     cancelled: bool = False
+    satisfied: bool = False  # its client has all that it wants, although the model would go on
     tokens: int = 0
 
 

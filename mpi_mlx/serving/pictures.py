@@ -8,6 +8,7 @@ import io
 import os
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlparse
@@ -15,6 +16,7 @@ from urllib.parse import unquote, urlparse
 from PIL import Image
 
 from mpi_mlx.documents.images import as_seen
+from mpi_mlx.errors import ServingError
 from mpi_mlx.serving.limits import Limits, Refused
 from mpi_mlx.serving.remote import Unfetched
 
@@ -24,12 +26,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 class Pictures:
     """Loads the images of one request, which share its bounds.
 
+    Args:
+        hold: told the pixels of all images so far, before the last of them is decoded; may raise.
+
     Attributes:
         pixels: of all that were loaded.
     """
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, hold: Callable[[int], None] = lambda pixels: None):
+        self.limits, self._hold = limits, hold
         self.pixels = self._count = 0
         self._until: float | None = None  # for what is fetched
 
@@ -71,8 +76,9 @@ class Pictures:
                 if self.pixels > self.limits.request_pixels:
                     most = f"{self.limits.request_pixels:,}"
                     raise Refused(f"{where}: all images together have at most {most} pixels", param=where)
+                self._hold(self.pixels)
                 return as_seen(opened)
-        except Refused:
+        except ServingError:
             raise
         except Exception:  # decoders fail in many ways
             raise Refused(f"{where}: not a picture ({', '.join(FORMATS)})", param=where) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -109,14 +110,29 @@ def characters(messages: list[dict]) -> int:
     return count
 
 
-def conversation(request: ChatRequest, limits: Limits) -> tuple[list[dict], int]:
-    """The messages as :meth:`Model.encode` takes them, images decoded, and the images' pixels.
+def fetches(request: ChatRequest) -> bool:
+    """Whether an image may have to come from another host."""
+    for message in request.messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            source = part.get("image_url") if isinstance(part, dict) else None
+            url = source.get("url") if isinstance(source, dict) else source
+            if isinstance(url, str) and url[:4].lower() == "http":
+                return True
+    return False
+
+
+def conversation(request: ChatRequest, limits: Limits, hold: Callable[[int], None] = lambda pixels: None) -> list[dict]:
+    """The messages as :meth:`Model.encode` takes them, images decoded. Those as they came are let go.
+
+    Args:
+        hold: told how many pixels all images have so far, before the last of them is decoded; may raise.
 
     Raises Refused.
     """
     if len(request.messages) > limits.messages:
         raise Refused(f"messages: at most {limits.messages}", param="messages")
-    made, pictures = [], Pictures(limits)
+    made, pictures = [], Pictures(limits, hold)
     for index, message in enumerate(request.messages):
         where = f"messages.{index}"
         role = message.get("role")
@@ -128,7 +144,8 @@ def conversation(request: ChatRequest, limits: Limits) -> tuple[list[dict], int]
         if role == "assistant" and message.get("tool_calls"):
             one["tool_calls"] = _calls(message["tool_calls"], where)
         made.append(one)
-    return made, pictures.pixels
+    request.messages = []  # the images' text is no longer needed, and the request is, to the answer's end
+    return made
 
 
 def _calls(calls: Any, where: str) -> list[dict]:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.responses import StreamingResponse
 
@@ -33,24 +33,30 @@ class Held:
 
     limit: int
     bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Claim:
-    """What one request holds in memory until its answer begins; all together have a limit."""
+    """What one request holds in memory until its answer begins; all together have a limit. For any thread."""
 
     def __init__(self, held: Held):
-        self._held, self._bytes = held, 0
+        self._held, self._bytes, self._open = held, 0, True
 
     def hold(self, count: int) -> None:
         """Now ``count`` bytes, whatever it was before. Raises Busy."""
-        if self._held.bytes - self._bytes + count > self._held.limit:
-            raise Busy("too much is being worked on; try again later")
-        self._held.bytes += count - self._bytes
-        self._bytes = count
+        with self._held.lock:
+            if not self._open:  # a worker may come late
+                return
+            if self._held.bytes - self._bytes + count > self._held.limit:
+                raise Busy("too much is being worked on; try again later")
+            self._held.bytes += count - self._bytes
+            self._bytes = count
 
     def release(self) -> None:
-        self._held.bytes -= self._bytes
-        self._bytes = 0
+        """Nothing, for good."""
+        with self._held.lock:
+            self._held.bytes -= self._bytes
+            self._bytes, self._open = 0, False
 
     def __enter__(self) -> Claim:
         return self
