@@ -62,8 +62,6 @@ def serve_command(
 ) -> None:
     """Serve a model by OpenAI's API, on this machine only unless told otherwise."""
     from mpi_mlx.errors import ServingError
-    from mpi_mlx.models.folders import resolve_base
-    from mpi_mlx.models.pixels import stated_limit
     from mpi_mlx.serving.target import resolve_target
 
     local = _is_loopback(host)
@@ -84,17 +82,8 @@ def serve_command(
             raise ServingError(f"--adapter {given}: NAME=RUN, each name once")
         if not Path(run).expanduser().exists():
             raise ServingError(f"--adapter {given}: no such folder; NAME=RUN takes a run or an adapter")
-        other = resolve_target(run)
-        if other.base != target.base or other.adapter is None:
-            raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
-        own = stated_limit(resolve_base(target.base))
-        wants, has = (one.options.get("max_pixels") or own for one in (other, target))
-        if wants != has:
-            raise ServingError(
-                f"--adapter {given}: trained with max_pixels {wants}, and {target.name} with {has}; "
-                "a server has one limit: serve it by itself"
-            )
-        targets[label] = other
+        targets[label] = resolve_target(run)
+        _check_adapter(given, targets[label], target)
     from mpi_mlx.serving.app import ServerOptions, build_app
     from mpi_mlx.serving.engine import Engine
     from mpi_mlx.serving.limits import Limits
@@ -112,6 +101,39 @@ def serve_command(
     _run(build_app(engine, options), engine, listening, ", ".join(targets))
 
 
+def _check_adapter(given: str, other, target) -> None:
+    """Refuses an adapter that was not trained on the model being served."""
+    from mpi_mlx.errors import ServingError
+    from mpi_mlx.models.folders import resolve_base
+    from mpi_mlx.models.pixels import stated_limit
+
+    if other.base != target.base or other.adapter is None:
+        raise ServingError(f"--adapter {given}: not an adapter of {target.base}, which is being served")
+    own = stated_limit(resolve_base(target.base))
+    wants, has = (one.options.get("max_pixels") or own for one in (other, target))
+    if wants != has:
+        raise ServingError(
+            f"--adapter {given}: trained with max_pixels {wants}, and {target.name} with {has}; "
+            "a server has one limit: serve it by itself"
+        )
+    wants, has = (_weights(one) for one in (other, target))
+    if wants != has:
+        raise ServingError(
+            f"--adapter {given}: trained on {wants}, and {target.name} on {has}; serve it by itself"
+        )
+    wants, has = (one.options.get("quantize", "unknown") for one in (other, target))
+    if wants != has and wants != "unknown":
+        said = f"--adapter {given}: trained with quantize {wants}, and is served with {has}"
+        typer.echo(f"warning: {said}; its answers may differ from those of its evaluation", err=True)
+
+
+def _weights(target) -> str:
+    """Which weights a base has: a folder may hold none, and a run then draws its own."""
+    if target.options.get("init") == "random":
+        return f"random weights of seed {target.options.get('seed')}"
+    return f"the weights of {target.base}"
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -122,12 +144,17 @@ def _is_loopback(host: str) -> bool:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """A socket that listens: another server on the port is noticed before a model is loaded for nothing.
+
+    Two may bind a port with SO_REUSEADDR, but only one may listen. Who connects meanwhile waits for the model.
+    """
     from mpi_mlx.errors import ServingError
 
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(2048)
     except socket.gaierror as error:
         raise ServingError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     except OSError as error:
@@ -166,7 +193,6 @@ def _run(app, engine, listening: socket.socket, names: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    listening.listen(2048)  # before it is said: who reads the line may connect
     host, port = listening.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     typer.echo(f"serving {names} on http://{place}:{port}/v1  (Ctrl-C stops)")

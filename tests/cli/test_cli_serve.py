@@ -207,3 +207,53 @@ def test_beyond_loopback_a_key_is_wanted(folder):
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
+
+
+def test_a_second_server_on_a_port_is_told_before_it_loads(monkeypatch):
+    """Both may have bound it before one of them listens."""
+    import socket
+
+    from mpi_mlx_cli.serve import _bind
+
+    from mpi_mlx.errors import ServingError
+
+    bind, others = socket.socket.bind, []
+
+    def bound_twice(listening, address):
+        bind(listening, address)
+        if not others:
+            others.append(socket.socket())
+            others[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bind(others[0], listening.getsockname())
+            others[0].listen()
+
+    monkeypatch.setattr(socket.socket, "bind", bound_twice)
+    with pytest.raises(ServingError, match="choose another --port"):
+        _bind("127.0.0.1", 0)
+    others[0].close()
+    with _bind("127.0.0.1", 0) as first, pytest.raises(ServingError, match="choose another --port"):
+        _bind("127.0.0.1", first.getsockname()[1])
+
+
+def test_adapters_of_another_base_are_refused(folder, tmp_path, capsys):
+    from mpi_mlx_cli.serve import _check_adapter
+
+    from mpi_mlx.errors import ServingError
+    from mpi_mlx.serving.target import Target
+
+    def run(**options):
+        return Target("run", str(folder), tmp_path, {"quantize": None, "max_pixels": None} | options)
+
+    drawn, again = (run(init="random", seed=seed) for seed in (1, 2))
+    for other, served, said in (
+        (drawn, again, "on random weights of seed 1, and run on random weights of seed 2"),
+        (drawn, run(), "on random weights of seed 1, and run on the weights of "),
+        (run(), drawn, "on the weights of .*, and run on random weights of seed 1"),
+    ):
+        with pytest.raises(ServingError, match=said):
+            _check_adapter("x=run", other, served)
+    _check_adapter("x=run", drawn, run(init="random", seed=1))
+    _check_adapter("x=run", Target("adapter", str(folder), tmp_path), run(quantize=4))  # it does not say
+    assert not capsys.readouterr().err
+    _check_adapter("x=run", run(), run(quantize=4))
+    assert "trained with quantize None, and is served with 4" in capsys.readouterr().err
