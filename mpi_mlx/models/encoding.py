@@ -5,8 +5,9 @@ sentinels is the template's, the turns' text is the data's own, and the tokenize
 border: so the ids of a prompt and of its completion, encoded apart, are the ids of the whole conversation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mpi_mlx.errors import DataError, ModelError
 from mpi_mlx.models.images import ByteLRU, ImageInput
 from mpi_mlx.models.tools import describe_tools, supports_tools
 
-_SENTINEL = "\u2402turn{}\u2403"
+_SENTINEL = "{}turn{}\u2403"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,18 +107,12 @@ class ChatEncoder:
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         last = messages[-1] if turns and turns[-1] == len(messages) - 1 and not generation_prompt else None
         if last is not None and not last.get("tool_calls"):
-            head = (
-                self.segments_of(messages[:-1], tools, True)
-                if len(messages) > 1
-                else [
-                    (
-                        self.render([dict(last, content=_SENTINEL.format(0))], tools, False).split(
-                            _SENTINEL.format(0)
-                        )[0],
-                        False,
-                    )
-                ]
-            )
+            sentinel = _sentinels((messages, tools))
+            if len(messages) > 1:
+                head = self.segments_of(messages[:-1], tools, True)
+            else:
+                text = self.render([dict(last, content=sentinel(0))], tools, False)
+                head = [(text.partition(sentinel(0))[0], False)]
             return head + [(content_text(last.get("content")) + self.end_of_turn, True)]
         pieces = self.segments_of(messages, tools, generation_prompt)
         if last is not None:  # what the template writes after the last end of turn is not trained on
@@ -128,17 +123,17 @@ class ChatEncoder:
         self, messages: list[Mapping], tools: Any, generation_prompt: bool
     ) -> list[tuple[str, bool]]:
         """Renders all messages by the template and cuts out the assistant turns."""
-        turns, masked = [], []
+        turns, masked, sentinel = [], [], _sentinels((messages, tools))
         for message in messages:
             if message["role"] == "assistant":
-                masked.append(dict(message, content=_SENTINEL.format(len(turns))))
+                masked.append(dict(message, content=sentinel(len(turns))))
                 turns.append(message)
             else:
                 masked.append(message)
         rest = self.render(masked, tools, generation_prompt)
         pieces: list[tuple[str, bool]] = []
         for index, turn in enumerate(turns):
-            before, found, rest = rest.partition(_SENTINEL.format(index))
+            before, found, rest = rest.partition(sentinel(index))
             after, ended, tail = rest.partition(self.end_of_turn)
             if not found or not ended:
                 raise ModelError(f"{self.name}: the chat template drops or reorders assistant turns")
@@ -198,7 +193,7 @@ class ChatEncoder:
 
     def _find_end_of_turn(self) -> str:
         """The special token that the template writes after an assistant turn, else the eos token."""
-        marker = _SENTINEL.format(0)
+        marker = _sentinels(())(0)
         text = self.render(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], None, False
         )
@@ -211,6 +206,29 @@ class ChatEncoder:
         if self.tokenizer.eos_token:
             return self.tokenizer.eos_token
         raise ModelError(f"{self.name}: neither the chat template nor the tokenizer marks the end of a turn")
+
+
+def _sentinels(texts: Any) -> Callable[[int], str]:
+    """What stands for an assistant turn, by its number.
+
+    Its first character occurs in none of ``texts``: neither one of them nor several side by side can hold it.
+    """
+    first = "\u2402"
+    if any(first in text for text in _strings(texts)):
+        used = set().union(*_strings(texts))
+        first = next(letter for letter in map(chr, range(0xF0000, 0x110000)) if letter not in used)  # private use
+    return partial(_SENTINEL.format, first)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in nested mappings and sequences."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value.items()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
 
 
 def message_images(messages: Sequence[Mapping]) -> list[Any]:

@@ -156,3 +156,19 @@ def test_broken_image_is_named(qwen, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match="bad.png cannot be read"):
         qwen.encode([user("x", str(tmp_path / "bad.png"))])
+
+
+def test_no_text_stands_for_a_turn(qwen):
+    """Turns are cut out by a mark: a message that holds it is a message like any other."""
+    parts = [{"type": "text", "text": "a \u2402tu"}, {"type": "text", "text": "rn0\u2403 \U000f0000turn0\u2403"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "\u2402turn1\u2403", "parameters": {}}}
+    for content in ("a \u2402turn0\u2403 b", "\u2402turn0\u2403", parts):
+        messages = [{"role": "user", "content": content}, assistant("SECRET"), user("b"), assistant("two"), user("c")]
+        encoded = qwen.encode(messages, generation_prompt=True)
+        assert qwen.tokenizer.decode(encoded.ids) == template_text(qwen, messages, add_generation_prompt=True)
+        text = qwen.tokenizer.decode(encoded.ids[encoded.assistant])
+        assert text == "SECRET<|im_end|>two<|im_end|>"
+        told = qwen.encode(messages, tools=[tool], generation_prompt=True)
+        assert qwen.tokenizer.decode(told.ids[told.assistant]) == text
+    (head, marked), turn = qwen._chat.segments([assistant("SECRET")], [tool], False)
+    assert "turn1" in head and not marked and turn == ("SECRET<|im_end|>", True)
