@@ -93,7 +93,7 @@ class ChatLoop:
             if not results:
                 break
             self._show(self.session.give_results(results))
-        if self.both and self.session.messages:
+        if self.both and self.session.reply.stats.completion_tokens:  # else it was stopped: as if not asked
             self._compare()
 
     def _show(self, pieces: Iterable[str]) -> None:

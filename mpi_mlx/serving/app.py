@@ -76,12 +76,8 @@ class _Server:
             try:
                 self._check(request)
                 return await handler(request)
-            except Refused as error:
-                return _error(str(error), error.status, error.code, error.param)
-            except Busy as error:
-                return _error(str(error), 429, "busy")
             except MPIError as error:
-                return _error(self._said(error), 400)
+                return _error(self._said(error), *_kind(error))
             except ClientDisconnect:
                 return Response(status_code=499)
 
@@ -187,11 +183,12 @@ class _Server:
         tokens, temperature, top_p = self.options.defaults[asked.model]
         if most is not None and most > self.options.limits.tokens:
             raise Refused(f"max_tokens: at most {self.options.limits.tokens:,}", param="max_tokens")
+        seed = None if asked.seed is None else asked.seed % 2**63
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
         job = Job(
             prompt, lambda *event: self._mail.post(loop, events, event), asked.model, most or tokens,
             temperature if asked.temperature is None else asked.temperature,
-            top_p if asked.top_p is None else asked.top_p, asked.seed, characters,
+            top_p if asked.top_p is None else asked.top_p, seed, characters,
         )  # fmt: skip
         return job, events
 
@@ -250,22 +247,30 @@ class _Server:
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
         except MPIError as error:
-            yield _event(_body(self._said(error), None, None))
+            yield _event(_body(self._said(error), *_kind(error)))
 
 
 def _event(content: dict) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _body(said: str, code: str | None, param: str | None) -> dict:
-    return {"error": {"message": said, "type": "invalid_request_error", "code": code, "param": param}}
+def _kind(error: MPIError) -> tuple[int, str | None, str | None]:
+    """An error's status, code and field."""
+    if isinstance(error, Refused):
+        return error.status, error.code, error.param
+    return (429, "busy", None) if isinstance(error, Busy) else (400, None, None)
+
+
+def _body(said: str, status: int, code: str | None = None, param: str | None = None) -> dict:
+    kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": said, "type": kind, "code": code, "param": param}}
 
 
 def _error(said: str, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
-    return JSONResponse(_body(said, code, param), status)
+    return JSONResponse(_body(said, status, code, param), status)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     said = f"{request.method} {request.url.path[:100]}: {getattr(error, 'detail', 'not found')}"
-    return JSONResponse(_body(said, None, None), status, headers=getattr(error, "headers", None))
+    return JSONResponse(_body(said, status), status, headers=getattr(error, "headers", None))

@@ -89,7 +89,7 @@ def _data(url: str, where: str) -> bytes:
     if not comma or not head.lower().endswith(";base64"):
         raise Refused(f"{where}: a data URI is data:image/png;base64,...", param=where)
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)  # lines of 76 letters, as MIME has them
     except (binascii.Error, ValueError):
         raise Refused(f"{where}: the data URI is not base64", param=where) from None
 

@@ -13,6 +13,11 @@ from mpi_mlx.serving.pictures import Pictures
 
 TOOLS = 1 << 20  # characters of all descriptions
 ITEMS = 1 << 14  # of a list, whatever they are
+# what is not offered, and the values that ask for nothing: to ignore others would be to answer something else
+NEUTRAL = {
+    "logit_bias": (None, {}), "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "best_of": (None, 1),
+    "suffix": (None, ""),
+}  # fmt: skip
 LISTS = {"messages": (dict, "an object"), "tools": (dict, "an object"), "stop": (str, "a text")}
 
 
@@ -23,8 +28,8 @@ class _Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    stream: bool = False
+    seed: int | None = None
+    stream: bool | None = False
     stream_options: dict | None = None
     stop: str | list[str] | None = None
     n: Literal[1] | None = None
@@ -59,6 +64,13 @@ def parse(body: bytes, kind: type[_Request]):
     if not isinstance(raw, dict):
         raise Refused("the body is not a JSON object")
     _check_items(raw)
+    for name, values in NEUTRAL.items():
+        if raw.get(name) not in values:
+            raise Refused(f"{name}: it is not offered; leave it out", param=name)
+    if kind is CompletionRequest and isinstance(raw.get("prompt"), list):
+        if len(raw["prompt"]) != 1:
+            raise Refused("prompt: one text", param="prompt")
+        raw["prompt"] = raw["prompt"][0]
     try:
         request = kind.model_validate(raw)
     except ValidationError as error:
@@ -143,6 +155,8 @@ def conversation(request: ChatRequest, limits: Limits, hold: Callable[[int], Non
         one: dict[str, Any] = {"role": role, "content": content}
         if role == "assistant" and message.get("tool_calls"):
             one["tool_calls"] = _calls(message["tool_calls"], where)
+        if role == "tool":  # some templates write which call it answers
+            one |= _texts(message, "tool_call_id", "name")
         made.append(one)
     request.messages = []  # the images' text is no longer needed, and the request is, to the answer's end
     return made
@@ -162,8 +176,14 @@ def _calls(calls: Any, where: str) -> list[dict]:
                 arguments = None
         if not isinstance(arguments, dict):
             raise Refused(f"{where}.tool_calls: arguments are a JSON object", param=where)
-        made.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        function = {"name": function["name"], "arguments": arguments}
+        made.append({"type": "function", "function": function} | _texts(call, "id"))
     return made
+
+
+def _texts(value: dict, *names: str) -> dict:
+    """Those of the fields that are texts."""
+    return {name: value[name] for name in names if isinstance(value.get(name), str)}
 
 
 def _content(content: Any, where: str, pictures: Pictures) -> str | list[dict]:

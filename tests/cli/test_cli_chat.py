@@ -145,6 +145,8 @@ def test_the_document_is_compared_side_by_side():
     assert "there is no document" in screen(Scripted(), "/document on")
     both = Scripted("one", "two", document=Document)
     assert screen(both, "/document both", "x", "y").count("the other answer") == 2 and not both.in_context
+    stopped = Scripted("one", "", document=Document)  # before the second answer's first token
+    assert screen(stopped, "/document both", "x", "y").count("the other answer") == 1
 
 
 def test_a_document_is_read_when_it_is_wanted():

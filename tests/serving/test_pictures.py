@@ -133,3 +133,10 @@ def test_fetched_images_share_one_deadline():
     assert ends[0] == ends[1] is not None
     with pytest.raises(Refused, match="data URIs, or from the allowed hosts"):
         pictures.load("ftp://images.example/x", "c")
+
+
+def test_data_uris_in_lines():
+    uri = data_uri(Image.effect_noise((40, 30), 50))
+    head, _, data = uri.partition(",")
+    lines = base64.encodebytes(base64.b64decode(data)).decode()
+    assert lines.count("\n") > 5 and load(f"{head},{lines}").tobytes() == load(uri).tobytes()

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from mpi_mlx.serving import app
-from mpi_mlx.serving.limits import Refused
-from mpi_mlx.serving.protocol import ChatRequest, parse
+from mpi_mlx.serving.limits import Limits, Refused
+from mpi_mlx.serving.protocol import ChatRequest, CompletionRequest, conversation, parse
 
 MESSAGES = [{"role": "user", "content": "x"}]
 
@@ -45,3 +45,85 @@ def test_bodies_are_read_beside_the_loop(server, monkeypatch):
     client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1)
     client.completions.create(model="tiny", prompt="x", max_tokens=1)
     assert len(threads) == 2 and all(name.startswith("mpi-mlx-requests") for name in threads)
+
+
+def test_what_is_not_offered_is_refused_and_its_neutral_values_are_not():
+    neutral = {"stream": None, "logit_bias": {}, "frequency_penalty": 0.0, "presence_penalty": 0, "n": 1, "stop": None}
+    asked = chat(**neutral, seed=-1, tools=None)
+    assert not asked.stream and asked.seed == -1 and asked.stops == []
+    for name, value in (("logit_bias", {"5": 100}), ("frequency_penalty", 0.5), ("presence_penalty", -1), ("n", 2),
+                        ("best_of", 3), ("suffix", "x"), ("logprobs", True),
+                        ("response_format", {"type": "json_object"})):  # fmt: skip
+        with pytest.raises(Refused) as caught:
+            chat(**{name: value})
+        assert caught.value.param == name, name
+
+
+def test_a_completion_of_one_text():
+    def prompt(value):
+        return parse(json.dumps({"model": "a", "prompt": value, "best_of": 1}).encode(), CompletionRequest).prompt
+
+    assert prompt("x") == prompt(["x"]) == "x"
+    for value in (["x", "y"], [], [1, 2], [1], [["x"]], None):
+        with pytest.raises(Refused) as caught:
+            prompt(value)
+        assert caught.value.param == "prompt"
+
+
+def test_which_call_a_result_answers_is_told_to_the_template():
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": "x"}
+    bare = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    told = conversation(chat(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}, result]), Limits())
+    assert told == [{"role": "assistant", "content": "", "tool_calls": [bare | {"id": "abcdefghi"}]}, result]
+    wrong = [
+        {"role": "assistant", "content": "", "tool_calls": [call | {"id": 1}]},
+        {"role": "tool", "tool_call_id": 1, "name": None, "content": "x"},
+    ]
+    told = conversation(chat(messages=wrong), Limits())
+    assert told == [{"role": "assistant", "content": "", "tool_calls": [bare]}, {"role": "tool", "content": "x"}]
+
+
+def test_seeds_of_every_size(server):
+    client = server.client()
+    asked = {"model": "tiny", "messages": MESSAGES, "temperature": 1.0, "max_tokens": 8}
+    texts = [client.chat.completions.create(**asked, seed=seed).choices[0].message.content
+             for seed in (-1, 2**63 - 1, 5)]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_errors_have_their_type(server, monkeypatch):
+    import openai
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    def error(stream=False, **options):
+        asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4} | options
+        try:
+            made = server.client().chat.completions.create(**asked, stream=stream)
+            return list(made)
+        except openai.APIError as caught:
+            return caught.type, caught.code
+
+    assert error(n=2) == ("invalid_request_error", None)
+    assert error(model="none") == ("invalid_request_error", "model_not_found")
+    monkeypatch.setattr(server.engine, "_draw", broken)
+    assert error() == error(stream=True) == ("server_error", "internal_error")
+    monkeypatch.setattr(server.engine, "_draw", fails_later(server.engine.model))
+    assert error(stream=True) == ("server_error", "internal_error")  # after the stream has begun
+    monkeypatch.setattr(server.engine, "max_queue", 0)
+    monkeypatch.setattr(server.engine, "max_rows", 0)
+    assert error() == ("rate_limit_error", "busy")
+
+
+def fails_later(model):
+    """Draws one token, and then none."""
+    ids = model.encode_completion("a").tolist()[:1]
+
+    def draw(hidden, *_):
+        import mlx.core as mx
+
+        return mx.array([ids.pop()] * hidden.shape[0])
+
+    return draw
