@@ -35,6 +35,7 @@ class Model:
         eos_ids, end_of_turn_id, pad_id: where generation stops, what closes a turn, what fills a batch.
         call_parser: mlx-vlm's parser of the template's tool calls; None: they have the Hermes form.
         visual_ids: ids that may never be sampled.
+        turn_tokens: the special tokens with which the template begins and ends turns.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Model:
         self._images = ImageStore(family.process, signature) if self.is_multimodal else None
         self._features: ByteLRU[mx.array] = ByteLRU(FEATURE_CACHE_BYTES)
         self.end_of_turn_id: int = int(tokenizer.convert_tokens_to_ids(self._chat.end_of_turn))
+        self.turn_tokens = self._chat.turn_tokens
         self.eos_ids = frozenset(int(i) for i in eos_ids) | {self.end_of_turn_id}
         pad = tokenizer.pad_token_id
         self.pad_id = int(pad if pad is not None else self.end_of_turn_id)

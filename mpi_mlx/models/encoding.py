@@ -89,6 +89,7 @@ class ChatEncoder:
         self.list_content = list_content
         self.known: ByteLRU[np.ndarray] = ByteLRU(64 << 20)
         self.end_of_turn = self._find_end_of_turn()
+        self.turn_tokens = self._find_turn_tokens()
 
     def segments(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None, generation_prompt: bool
@@ -206,6 +207,14 @@ class ChatEncoder:
         if self.tokenizer.eos_token:
             return self.tokenizer.eos_token
         raise ModelError(f"{self.name}: neither the chat template nor the tokenizer marks the end of a turn")
+
+    def _find_turn_tokens(self) -> tuple[str, ...]:
+        """The special tokens with which the template begins and ends turns."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        text = self.render([{"role": "user", "content": "a"}], None, True)
+        special -= {self.tokenizer.bos_token}  # it begins no turn, and <s> is HTML
+        return tuple(sorted({self.end_of_turn} | {token for token in special if token in text}))
 
 
 def _sentinels(texts: Any) -> Callable[[int], str]:

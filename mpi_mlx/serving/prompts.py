@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mpi_mlx.models.encoding import content_text
 from mpi_mlx.serving.limits import Refused
 
 Prompt = Callable[[Any], Any]  # a model in, its Encoded out
@@ -12,7 +13,27 @@ Prompt = Callable[[Any], Any]  # a model in, its Encoded out
 
 def chat_prompt(messages: Sequence[dict], tools: Sequence[dict] | None) -> Prompt:
     """Of a conversation, up to where the answer begins."""
-    return lambda model: model.encode(messages, tools=tools, generation_prompt=True)
+
+    def encode(model):
+        check_turns(messages, model)
+        return model.encode(messages, tools=tools, generation_prompt=True)
+
+    return encode
+
+
+def check_turns(messages: Sequence[Mapping], model) -> None:
+    """Refuses users and tools that write the template's own tokens: a text could end its turn and begin another,
+    say the system's. What the system and the assistant said is the caller's own.
+
+    Raises:
+        Refused: naming the message.
+    """
+    for index, message in enumerate(messages):
+        text = content_text(message["content"]) if message["role"] in ("user", "tool") else ""
+        token = next((token for token in model.turn_tokens if token in text), None)
+        if token is not None:
+            said = f"a {message['role']}'s text holds {token}, with which turns begin or end; remove it"
+            raise Refused(said, param=f"messages.{index}")
 
 
 def text_prompt(text: str) -> Prompt:

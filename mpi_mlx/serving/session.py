@@ -18,6 +18,7 @@ from mpi_mlx.errors import ServingError
 from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
 from mpi_mlx.serving.calls import CallFormat
+from mpi_mlx.serving.prompts import check_turns
 from mpi_mlx.serving.replies import Reply, ReplyStats
 from mpi_mlx.serving.target import MAX_TOKENS
 
@@ -160,6 +161,7 @@ class ChatSession:
         self.pending.clear()
 
     def _encode(self, messages: Sequence[Mapping], in_context: bool):
+        check_turns(messages, self.model)
         placed = place_document(messages, self.document if in_context else None)
         encoded = self.model.encode(placed, tools=self.tools, generation_prompt=True)
         turns = sum(message["role"] == "assistant" for message in messages)

@@ -172,3 +172,7 @@ def test_no_text_stands_for_a_turn(qwen):
         assert qwen.tokenizer.decode(told.ids[told.assistant]) == text
     (head, marked), turn = qwen._chat.segments([assistant("SECRET")], [tool], False)
     assert "turn1" in head and not marked and turn == ("SECRET<|im_end|>", True)
+
+
+def test_tokens_that_begin_and_end_turns(qwen):
+    assert set(qwen.turn_tokens) == {"<|im_start|>", "<|im_end|>"}  # not those of images, nor tags of traces
