@@ -53,6 +53,13 @@ def serve_command(
         str | None, typer.Option("--stage", help="Of a run: the model after this stage.")
     ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests decoded together.")] = 64,
+    batch_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-memory", min=1, metavar="MB",
+            help="Of requests decoded together, their keys and values; half of what is free where it is not given.",
+        ),
+    ] = None,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Requests that may wait.")] = 128,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer asked for.")] = 8192,
     max_prompt: Annotated[int | None, typer.Option("--max-prompt", min=1, help="Longest prompt.")] = None,
@@ -92,6 +99,7 @@ def serve_command(
     engine = Engine(
         replace(target, adapter=None).load, {label: one.adapter for label, one in targets.items()},
         max_rows=max_batch, max_queue=max_queue, max_prompt=max_prompt, prefix_bytes=prefix_cache << 20,
+        row_bytes=None if batch_memory is None else batch_memory << 20,
     ).load()  # fmt: skip
     defaults = {
         label: (min(one.max_tokens, max_tokens), one.temperature, one.top_p) for label, one in targets.items()

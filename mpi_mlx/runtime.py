@@ -228,6 +228,20 @@ def memory() -> tuple[int | None, int | None]:
     return total, available
 
 
+def free_memory() -> int | None:
+    """Bytes that MLX's device can still take, where that is known: of Metal's working set or a GPU's memory what
+    MLX does not use, on CPUs of main memory."""
+    import mlx.core as mx
+
+    if on_cpu():
+        total, available = memory()
+        return total if available is None else available
+    info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+    names = ("max_recommended_working_set_size", "total_memory", "memory_size")
+    total = next((int(info[name]) for name in names if info.get(name)), None)
+    return None if total is None else max(0, total - mx.get_active_memory())
+
+
 def container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
     """(limit, used) bytes of this process' control group, version 2 or 1; None without a limit."""
     for limit, used in (

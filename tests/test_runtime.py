@@ -191,3 +191,18 @@ def test_blas_variable_raises_a_device_error(monkeypatch):
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     with pytest.raises(DeviceError, match="unset or correct it"):
         runtime._open_blas()
+
+
+def test_free_memory_of_the_device(monkeypatch):
+    import mlx.core as mx
+
+    monkeypatch.setattr(runtime, "on_cpu", lambda: True)
+    for known, free in (((10, 4), 4), ((10, None), 10), ((None, None), None)):
+        monkeypatch.setattr(runtime, "memory", lambda known=known: known)
+        assert runtime.free_memory() == free
+    monkeypatch.setattr(runtime, "on_cpu", lambda: False)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 30)
+    for info, free in (({"max_recommended_working_set_size": 75, "memory_size": 100}, 45),
+                       ({"total_memory": 80}, 50), ({"total_memory": 20}, 0), ({}, None)):  # fmt: skip
+        monkeypatch.setattr(mx, "device_info", lambda info=info: info)
+        assert runtime.free_memory() == free

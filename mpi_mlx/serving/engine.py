@@ -18,12 +18,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mpi_mlx.errors import MPIError, ServingError
+from mpi_mlx.errors import MPIError
 from mpi_mlx.models.context import context_length
 from mpi_mlx.serving import decoding
 from mpi_mlx.serving.batch import Batch
 from mpi_mlx.serving.jobs import Busy, Counters, Job, Row, wait_for_end
 from mpi_mlx.serving.prefixes import PrefixCache
+from mpi_mlx.serving.prompts import encode_prompt
+from mpi_mlx.serving.room import Room
 from mpi_mlx.serving.upkeep import Upkeep
 from mpi_mlx.serving.variants import Variants
 
@@ -38,6 +40,7 @@ class Engine:
         load: makes the base model, called in the engine's thread.
         variants: name -> adapter folder, or None for the base.
         max_rows: requests decoded together. max_queue: requests that may wait beyond those.
+        row_bytes: of keys and values of those that are decoded (see :class:`Room`).
         max_prompt: longest prompt in tokens; the model's context bounds it too.
     """
 
@@ -50,12 +53,13 @@ class Engine:
         max_queue: int = 128,
         max_prompt: int | None = None,
         prefix_bytes: int = 1 << 30,
+        row_bytes: int | None = None,
     ):
         self.max_rows, self.max_queue, self.max_prompt = max_rows, max_queue, max_prompt
         self.counters = Counters()
         self.prefixes = PrefixCache(prefix_bytes)
         self.model: Any = None
-        self._load, self._folders = load, variants
+        self._load, self._folders, self._row_bytes = load, variants, row_bytes
         self._waiting: deque[Job] = deque()
         self._batches: list[Batch] = []
         self._condition = threading.Condition()
@@ -125,6 +129,7 @@ class Engine:
         self.model = self._load()
         self._variants = Variants(self.model, self._folders)
         self._upkeep = Upkeep(self.model)
+        self._room = Room(self._row_bytes)
         self._draw = decoding.Draw(self.model)
         self._widest = max(map(len, self.model.tokenizer.get_vocab()))
         return self
@@ -182,6 +187,10 @@ class Engine:
             forwarded, others = 0, self.active
             try:
                 forwarded = self._prefill(job)
+                if forwarded is None:
+                    with self._condition:
+                        self._waiting.appendleft(job)
+                    return
             except Exception as error:
                 if not isinstance(error, MPIError):  # those say themselves what is wrong with the request
                     log.exception("an answer failed before it began")
@@ -190,11 +199,16 @@ class Engine:
             if others and forwarded > _SHORT:
                 return
 
-    def _prefill(self, job: Job) -> int:
-        """Begins an answer; how many tokens it forwarded, those in the prefix cache left out."""
+    def _prefill(self, job: Job) -> int | None:
+        """Begins an answer; how many tokens it forwarded, those in the prefix cache left out. None: it must wait."""
         begin = time.perf_counter()
         self._variants.use(job.variant)
-        encoded, context = self._encode(job)
+        encoded = encode_prompt(job, self.model, self.max_prompt, self._widest)
+        context = context_length(self.model) or sys.maxsize
+        limit = min(job.max_tokens, context - len(encoded))
+        if not self._room.has((row for batch in self._batches for row in batch.rows), len(encoded) + limit):
+            return None
+        job.encoded = None
         codes = decoding.codes(encoded)
         caches, start = self.prefixes.fetch(job.variant, codes)
         caches = caches or decoding.new_caches(self.model)
@@ -203,10 +217,10 @@ class Engine:
             self.counters.cancelled += 1
             job.emit("end", "cancelled")
             return 0
+        self._room.measure(caches)
         self.prefixes.put(job.variant, codes, caches)
         job.emit("begin", len(encoded), start, self.model.opens_trace(encoded))
         stream = decoding.TextStream(self.model.decode)
-        limit = min(job.max_tokens, context - len(encoded))
         row = Row(job, codes, encoded.next_position, limit, stream, np.random.default_rng(job.seed))
         self._take_tokens([row], self._tokens([row], hidden))
         if row.ids and not self._ended(row):
@@ -215,18 +229,6 @@ class Engine:
         self.counters.cached_tokens += start
         self.counters.prefill_seconds += time.perf_counter() - begin
         return len(encoded) - start
-
-    def _encode(self, job: Job) -> tuple[Any, int]:
-        """The prompt, and how many tokens it may have with its answer. Raises ServingError."""
-        context = context_length(self.model)
-        most = min(limit for limit in (context and context - 1, self.max_prompt, sys.maxsize) if limit)
-        # no token stands for more characters than the longest has: what cannot fit is not even tokenized
-        if job.characters > most * self._widest:
-            raise ServingError(f"the prompt has {job.characters:,} characters; at most {most:,} tokens are taken")
-        encoded, job.encode = job.encode(self.model), None
-        if len(encoded) > most:
-            raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
-        return encoded, context or len(encoded) + job.max_tokens
 
     def _join(self, row: Row, caches) -> None:
         batch = next((batch for batch in self._batches if batch.fits(row)), None)

@@ -40,6 +40,7 @@ class Job:
     cancelled: bool = False
     satisfied: bool = False  # its client has all that it wants, although the model would go on
     tokens: int = 0
+    encoded: Any = None  # the prompt, from then on until its row is there
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mpi_mlx.errors import ServingError
+from mpi_mlx.models.context import context_length
 from mpi_mlx.models.encoding import content_text
+from mpi_mlx.serving.jobs import Job
 from mpi_mlx.serving.limits import Refused
 
 Prompt = Callable[[Any], Any]  # a model in, its Encoded out
@@ -19,6 +23,29 @@ def chat_prompt(messages: Sequence[dict], tools: Sequence[dict] | None) -> Promp
         return model.encode(messages, tools=tools, generation_prompt=True)
 
     return encode
+
+
+def encode_prompt(job: Job, model, max_prompt: int | None, widest: int):
+    """The Encoded of a job, which has it from now on instead of what it was made of.
+
+    Args:
+        max_prompt: tokens at most; the model's context bounds it, too.
+        widest: characters of the longest token.
+
+    Raises:
+        ServingError: the prompt is too long.
+    """
+    if job.encoded is None:
+        context = context_length(model)
+        most = min(limit for limit in (context and context - 1, max_prompt, sys.maxsize) if limit)
+        # no token stands for more characters than the longest has: what cannot fit is not even tokenized
+        if job.characters > most * widest:
+            raise ServingError(f"the prompt has {job.characters:,} characters; at most {most:,} tokens are taken")
+        encoded = job.encode(model)
+        if len(encoded) > most:
+            raise ServingError(f"the prompt has {len(encoded):,} tokens; at most {most:,} are taken")
+        job.encoded, job.encode = encoded, None
+    return job.encoded
 
 
 def check_turns(messages: Sequence[Mapping], model) -> None:

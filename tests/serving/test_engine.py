@@ -253,3 +253,26 @@ def test_one_long_prompt_between_two_steps(tiny_folder):
     engine.work()  # in this thread, until all is answered
     assert all(emit.events[-1][0] == "end" for emit in found)
     assert order == ["short", *["long", "step"] * 3, "short", "short", "step"]
+
+
+def test_rows_are_admitted_by_their_bytes(tiny_folder):
+    """Three rows of at most P + 20 tokens each, and room for two: the third waits for one to end."""
+    from mpi_mlx.models import load_model
+
+    found = [Collected() for _ in range(3)]
+    engine = Engine(lambda: load_model(tiny_folder), {"base": None}).load()
+    questions = ["yes", "no!", "red"]
+    tokens = [len(engine.model.encode([{"role": "user", "content": q}], generation_prompt=True)) for q in questions]
+    # 2 layers, keys and values, 2 heads of 8 numbers of 4 bytes
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    engine._room.limit_bytes = (tokens[0] + tokens[1] + 2 * 20) * token_bytes
+    for question, emit in zip(questions, found, strict=True):
+        engine.submit(job(question, emit, max_tokens=20, temperature=1.0, seed=1))
+    engine._admit()
+    assert engine._room.token_bytes == token_bytes and (engine.active, engine.waiting) == (2, 1)
+    assert [bool(emit.events) for emit in found] == [True, True, False]
+    assert len(engine._waiting[0].encoded) == tokens[2]
+    engine._room.limit_bytes = 1  # a row that is alone is taken all the same
+    engine.close()
+    engine.work()
+    assert all(emit.events[-1][0] == "end" for emit in found)
