@@ -202,13 +202,13 @@ class Engine:
     def _prefill(self, job: Job) -> int | None:
         """Begins an answer; how many tokens it forwarded, those in the prefix cache left out. None: it must wait."""
         begin = time.perf_counter()
-        self._variants.use(job.variant)
         encoded = encode_prompt(job, self.model, self.max_prompt, self._widest)
         context = context_length(self.model) or sys.maxsize
         limit = min(job.max_tokens, context - len(encoded))
         if not self._room.has((row for batch in self._batches for row in batch.rows), len(encoded) + limit):
             return None
         job.encoded = None
+        self._variants.use(job.variant)
         codes = decoding.codes(encoded)
         caches, start = self.prefixes.fetch(job.variant, codes)
         caches = caches or decoding.new_caches(self.model)
