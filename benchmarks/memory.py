@@ -1,6 +1,6 @@
 """Peak memory of an SFT step against mlx-lm's and of an RL update of a group of 16 against mlx-vlm's.
 
-python benchmarks/memory.py [--vocabulary 151936] [--length 2048]
+python benchmarks/memory.py [--vocabulary 151936] [--length 2048] [--repeats 5]
 """
 
 import argparse
@@ -12,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     results = {}
     for name, kind, peer in (("sft", "llama", "mlx-lm"), ("rl", "qwen2_5_vl", "mlx-vlm")):
@@ -26,7 +27,7 @@ def main() -> None:
             common.Side("mpi-mlx", "ours_rl.py" if name == "rl" else "memory.py", **ours),
             common.Side(peer, "memory.py", common.peer_python(peer), **theirs),
         ]
-        rows = common.alternate(sides, repeats=1, warmup=0)
+        rows = common.alternate(sides, options.repeats)
         peak = common.median(rows["mpi-mlx"], "update_peak" if name == "rl" else "peak") / 2**20
         other = common.median(rows[peer], "peak") / 2**20
         results[name] = {"mpi-mlx": peak, peer: other, "ratio": peak / other, "wanted": 0.35}
