@@ -127,7 +127,7 @@ def view(folder: Path, library: str, report: ConversionReport, beside: Path) -> 
             yield _converted(folder, made, report)
             return
         (made / "config.json").write_text(json.dumps(mlx_config(config)))
-        for path in folder.glob("*.safetensors*"):
+        for path in checkpoint.files:  # not what else lies there
             (made / path.name).symlink_to(path.resolve())
         yield made
 

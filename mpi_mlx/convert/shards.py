@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpi_mlx.errors import ConversionError
+from mpi_mlx.errors import ConversionError, ModelError
 
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -127,20 +127,13 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index where it has one."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConversionError(f"{index} is no index: it needs a weight_map") from None
-        missing = [n for n in names if not (folder / n).exists()]
-        if missing:
-            raise ConversionError(
-                f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} shards missing)"
-            )
-        return [folder / n for n in names]
-    return sorted(p for p in folder.glob("*.safetensors") if p.name != "consolidated.safetensors")
+    """The safetensors files of a checkpoint, by the one rule that loading has too."""
+    from mpi_mlx.models.folders import checkpoint_files
+
+    try:
+        return checkpoint_files(folder)
+    except ModelError as e:
+        raise ConversionError(str(e)) from None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from mpi_mlx.errors import ModelError
 from mpi_mlx.models.building import model_type
 
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 def resolve_base(base: str | os.PathLike) -> Path:
@@ -82,27 +88,50 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files, each checked to be whole. Raises ModelError when missing or truncated."""
-    index = folder / "model.safetensors.index.json"
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint, as transformers chooses them; none is opened.
+
+    ``model.safetensors`` where it stands alone, even beside an index whose shards are gone (saving again with
+    another shard size leaves that); else the shards that the index names; else whatever is there.
+
+    Raises:
+        ModelError: the index is broken, a shard is missing, or the folder holds ``model.safetensors`` and shards, so
+            that libraries would read different weights from it.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    others = [p for p in folder.glob("*.safetensors") if not p.name.startswith(("adapter", "consolidated"))]
+    names = None
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} is broken ({error}); download the model again") from None
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files); "
-                "download the model again"
-            )
-        files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{index} is no index: it needs a weight_map; download the model again") from None
+        shards = [name for name in names if (folder / name).is_file()]
     else:
-        files = sorted(
-            path
-            for path in folder.glob("*.safetensors")
-            if not path.name.startswith(("adapter", "consolidated"))
+        shards = sorted(p.name for p in others if _SHARD.fullmatch(p.name))
+    if single.is_file() and single.name not in (names or []):
+        if shards:
+            more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+            raise ModelError(
+                f"{folder} holds two checkpoints, model.safetensors and the shards {shards[0]}{more}; delete the one "
+                "that you do not mean (transformers reads model.safetensors)"
+            )
+        if names is not None:
+            return [single]
+    if names is None:
+        return sorted(others)
+    missing = [name for name in names if name not in shards]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} weight files missing); download the model "
+            "again"
         )
+    return [folder / name for name in names]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files, each checked to be whole. Raises ModelError when missing or truncated."""
+    files = checkpoint_files(folder)
     if not files:
         others = [
             path.name for pattern in ("*.bin", "*.gguf", "*.pt", "*.npz") for path in folder.glob(pattern)
@@ -112,6 +141,25 @@ def weight_files(folder: Path) -> list[Path]:
     for path in files:
         check_safetensors(path)
     return files
+
+
+@contextmanager
+def only_files(folder: Path, files: list[Path]) -> Iterator[Path]:
+    """A folder whose safetensors are exactly ``files``: ``folder`` itself, or a temporary one of links.
+
+    mlx-vlm and mlx-lm read every safetensors file that a folder holds, in no order, the later ones over the
+    earlier: a second checkpoint or an adapter beside the weights would be mixed in. What they opened stays open
+    when the links are gone.
+    """
+    index = folder / INDEX
+    if set(folder.glob("*.safetensors")) == set(files) and not (index.is_file() and len(files) == 1):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mpi-mlx-weights-") as name:
+        for path in folder.iterdir():
+            if path in files or not path.name.endswith((".safetensors", ".safetensors.index.json")):
+                (Path(name) / path.name).symlink_to(path.absolute())
+        yield Path(name)
 
 
 def check_safetensors(path: Path) -> dict:

@@ -17,7 +17,7 @@ from mpi_mlx.models.attention import route_attention
 from mpi_mlx.models.base import Model
 from mpi_mlx.models.building import build_net, is_multimodal, model_type, text_classes
 from mpi_mlx.models.families import Qwen2_5VL, TextFamily
-from mpi_mlx.models.folders import check_rope, read_config, resolve_base, weight_files
+from mpi_mlx.models.folders import check_rope, only_files, read_config, resolve_base, weight_files
 from mpi_mlx.models.quantization import dequantize, quantization_of, quantize
 from mpi_mlx.models.vision_families import Idefics3, Llava, Qwen2VL, Qwen3VL
 
@@ -89,17 +89,18 @@ def load_model(
 
 
 def _read_net(folder: Path, config: dict, multimodal: bool) -> nn.Module:
-    weight_files(folder)
+    files = weight_files(folder)
     level = logging.root.level
     try:
-        if multimodal:
-            from mlx_vlm.utils import load_model as load_net
+        with only_files(folder, files) as place:
+            if multimodal:
+                from mlx_vlm.utils import load_model as load_net
 
-            return load_net(folder, lazy=True)  # read as it is cast or quantized: never all of it twice
-        from mlx_lm.utils import load_model as load_net
+                return load_net(place, lazy=True)  # read as it is cast or quantized: never all of it twice
+            from mlx_lm.utils import load_model as load_net
 
-        text_classes(config)
-        return load_net(folder, lazy=True)[0]
+            text_classes(config)
+            return load_net(place, lazy=True)[0]
     except ModelError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, OSError) as error:

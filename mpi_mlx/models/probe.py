@@ -157,13 +157,21 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_net(folder: str | Path, *, lazy: bool = False, adapter: str | Path | None = None):
-    """The bare module of mlx-lm (text-only families) or mlx-vlm, as those libraries load the folder."""
+    """The bare module of mlx-lm (text-only families) or mlx-vlm, as those libraries load the folder's checkpoint."""
+    from mpi_mlx.models.folders import checkpoint_files, only_files
+
+    folder = Path(folder)
+    with only_files(folder, checkpoint_files(folder)) as place:
+        return _load_net(place, lazy, adapter)
+
+
+def _load_net(folder: Path, lazy: bool, adapter: str | Path | None):
     config = read_config(folder)
     if config["model_type"] in TEXT_ONLY:
         from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import load_model
 
-        net, _ = load_model(Path(folder), lazy=lazy)
+        net, _ = load_model(folder, lazy=lazy)
         if adapter:
             _quantize_as_trained(net, adapter)
             load_adapters(net, str(adapter))
@@ -172,7 +180,7 @@ def load_net(folder: str | Path, *, lazy: bool = False, adapter: str | Path | No
     from mlx_vlm.trainer.peft.utils import apply_lora_layers
     from mlx_vlm.utils import load_model
 
-    net = load_model(Path(folder), lazy=lazy)
+    net = load_model(folder, lazy=lazy)
     if adapter:
         net = apply_lora_layers(net, str(adapter))
         net.eval()
@@ -186,11 +194,8 @@ def _quantize_as_trained(net, adapter: str | Path) -> None:
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     wanted = config.get("base_quantization") or {}
     done = {n for n, m in net.named_modules() if isinstance(m, (nn.QuantizedLinear, nn.QuantizedEmbedding))}
-    wanted = {
-        n: {k: v for k, v in s.items() if k in ("group_size", "bits")}
-        for n, s in wanted.items()
-        if n not in done
-    }
+    sizes = ("group_size", "bits")
+    wanted = {n: {k: v for k, v in s.items() if k in sizes} for n, s in wanted.items() if n not in done}
     if wanted:
         nn.quantize(net, class_predicate=lambda name, _: wanted.get(name, False))
 
@@ -248,8 +253,7 @@ def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
         model_config = arch.ModelConfig.from_dict(config)
         model_config = update_module_configs(model_config, arch, config, ["text", "vision"])
         net = arch.Model(model_config)
-    shapes = {k: tuple(v.shape) for k, v in tree_flatten(net.parameters()) if isinstance(v, mx.array)}
-    return shapes
+    return {k: tuple(v.shape) for k, v in tree_flatten(net.parameters()) if isinstance(v, mx.array)}
 
 
 def to_float32(net) -> None:

@@ -109,6 +109,37 @@ def test_a_missing_shard_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def two_checkpoints(folder):
+    """As transformers leaves a folder that it saved into twice: in shards, then whole with other values."""
+    shards = write_checkpoint(folder, [out(f"t{i}", np.zeros(10, np.float32), "F32") for i in range(3)], limit=40)
+    write_checkpoint(folder, [out(f"t{i}", np.ones(10, np.float32), "F32") for i in range(3)])
+    return shards
+
+
+def test_a_whole_file_beside_a_stale_index_is_the_checkpoint(tmp_path):
+    for shard in two_checkpoints(tmp_path):
+        shard.unlink()
+    checkpoint = open_checkpoint(tmp_path)
+    assert [p.name for p in checkpoint.files] == ["model.safetensors"]
+    assert all((t.read() == 1).all() for t in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_whole_file_and_shards_are_refused(tmp_path, index):
+    two_checkpoints(tmp_path)
+    if not index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    match = "model.safetensors and the shards model-00001-of-00003.safetensors and 2 more; delete"
+    with pytest.raises(ConversionError, match=match):
+        open_checkpoint(tmp_path)
+
+
+def test_an_index_may_name_the_whole_file(tmp_path):
+    write_checkpoint(tmp_path, [out("a", np.ones(4, np.float32), "F32")])
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert list(open_checkpoint(tmp_path).tensors) == ["a"]
+
+
 def test_sizes_are_checked_when_written(tmp_path):
     with pytest.raises(ConversionError, match="3 bytes, not 4"):
         write_checkpoint(tmp_path, [Output("a", "F32", (1,), lambda: [b"abc"])])

@@ -6,10 +6,12 @@ import sys
 
 import mlx.core as mx
 import pytest
+from family_checkpoints import write_text
+from mlx.utils import tree_flatten
 
 from mpi_mlx.errors import ModelError
 from mpi_mlx.models import load_model
-from mpi_mlx.models.folders import check_safetensors
+from mpi_mlx.models.folders import check_safetensors, only_files, weight_files
 
 
 @pytest.fixture()
@@ -56,11 +58,61 @@ def test_whole_weights_pass(folder):
     assert "language_model.model.norm.weight" in check_safetensors(folder / "model.safetensors")
 
 
+def write_index(folder, *shards):
+    weight_map = {f"tensor{i}": name for i, name in enumerate(shards)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def test_missing_shard(folder):
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-1.safetensors"}})
-    )
-    refuse(folder, "lacks model-1.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-2.safetensors")
+    write_index(folder, "model-1.safetensors", "model-2.safetensors")
+    refuse(folder, "lacks model-1.safetensors .1 of 2")
+
+
+def norm(base):
+    return load_model(base, dtype="float32").net.language_model.model.norm.weight
+
+
+def write_other(folder, name):
+    """A copy of the weights whose last norm is another."""
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights["language_model.model.norm.weight"] = weights["language_model.model.norm.weight"] + 5
+    mx.save_safetensors(str(folder / name), weights, {"format": "mlx"})
+
+
+def test_a_whole_file_beside_the_index_of_shards_that_are_gone(folder, qwen_folder):
+    write_index(folder, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert mx.array_equal(norm(folder), norm(qwen_folder))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_whole_file_and_shards_are_two_checkpoints(folder, indexed):
+    write_other(folder, "model-00001-of-00001.safetensors")
+    if indexed:
+        write_index(folder, "model-00001-of-00001.safetensors")
+    refuse(folder, "two checkpoints, model.safetensors and the shards model-00001-of-00001.safetensors; delete")
+
+
+def parameters(base):
+    return dict(tree_flatten(load_model(base, dtype="float32").net.parameters()))
+
+
+def test_only_the_checkpoints_own_files_are_read(folder, qwen_folder, tmp_path):
+    """mlx-vlm reads every safetensors file, mlx-lm every model*.safetensors, in no order: some may lie beside."""
+    for i in range(4):
+        write_other(folder, f"adapters{i}.safetensors")
+    assert mx.array_equal(norm(folder), norm(qwen_folder))
+    with only_files(folder, weight_files(folder)) as place:
+        assert [p.name for p in place.glob("*.safetensors")] == ["model.safetensors"]
+        assert (place / "config.json").is_file()
+    assert not place.exists()
+    text = write_text(tmp_path / "text", "llama")
+    wanted, weights = parameters(text), dict(mx.load(str(text / "model.safetensors")))
+    (text / "model.safetensors").rename(text / "model-00001-of-00001.safetensors")
+    write_index(text, "model-00001-of-00001.safetensors")
+    for i in range(4):
+        mx.save_safetensors(str(text / f"model_{i}.safetensors"), {k: v + 5 for k, v in weights.items()})
+    assert all(mx.array_equal(value, wanted[name]).item() for name, value in parameters(text).items())
 
 
 def test_missing_tensor(folder):
