@@ -100,6 +100,8 @@ class Layout:
     notes: list[str] = field(default_factory=list)
     # mlx saved the checkpoint, so transformers cannot load it as it lies
     from_mlx: bool = False
+    # the stored tensors are in MLX's own form: its axis order, qwen3_5's norms plus one
+    in_tree: bool = False
 
 
 def _quantization(config: dict) -> dict | None:
@@ -204,9 +206,8 @@ def lay_out(
             entry = Entry.of(tensor, disk)
         entries[disk] = _as_disk(family, entry, sources) if tree else entry
     saved_by_mlx = tree or spec is not None or checkpoint.format == "mlx"
-    layout = Layout(
-        family, copy.deepcopy(config), entries, bool(config["tie_word_embeddings"]), from_mlx=saved_by_mlx
-    )
+    tied = bool(config["tie_word_embeddings"])
+    layout = Layout(family, copy.deepcopy(config), entries, tied, from_mlx=saved_by_mlx, in_tree=tree)
     stated = any("tie_word_embeddings" in c for c in (raw_config, raw_config.get("text_config") or {}))
     _settle_head(layout, stated)
     return layout
@@ -232,6 +233,13 @@ def same_values(a: Entry, b: Entry) -> bool:
         np.array_equal(to_float32(a.rows(i, j), a.dtype), to_float32(b.rows(i, j), b.dtype))
         for i, j in a.spans()
     )
+
+
+def same_but_for_rounding(a: Entry, b: Entry) -> bool:
+    """Whether two entries hold the same numbers, or one of another type holds the other's, rounded to it."""
+    if a.shape == b.shape and a.dtype != b.dtype and {a.dtype, b.dtype} <= FLOATS:
+        return same_values(a.as_type(b.dtype), b) or same_values(a, b.as_type(a.dtype))
+    return same_values(a, b)
 
 
 def _settle_head(layout: Layout, stated: bool) -> None:

@@ -17,6 +17,7 @@ from mpi_mlx.convert.adapters import (
 )
 from mpi_mlx.convert.bases import base_of, document_of, limit_of, run_recipe, stages_of, view
 from mpi_mlx.convert.card import recorded_on_card, write_card
+from mpi_mlx.convert.changed import add_changed_modules
 from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.folders import check_disk, find_source, staged
 from mpi_mlx.convert.layout import Layout, head_and_embedding, same_values, untie
@@ -129,7 +130,7 @@ def to_peft(
     _, layout = read_layout(base_folder)
     family = layout.family
     adapter = read_mlx_adapter(folder, family)
-    _add_changed_modules(adapter, layout, base_folder, folder)
+    notes = add_changed_modules(adapter, layout, base_folder, base_of(folder, adapter))
     shapes = {n: e.shape for n, e in layout.entries.items()}
     head, embedding = head_and_embedding(family)
     if layout.tied:
@@ -138,7 +139,7 @@ def to_peft(
     final = Path(destination).expanduser()
     with staged(final, overwrite=overwrite) as work:
         count = write_peft_adapter(work, adapter, family, shapes, str(base))
-        report = ConversionReport("to-peft", final, family.name, count)
+        report = ConversionReport("to-peft", final, family.name, count, notes=notes)
         report.nbytes = (work / PEFT_WEIGHTS).stat().st_size
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
         trained_on = base_of(folder, adapter)
@@ -177,25 +178,3 @@ def _card(
         adapter={"kind": adapter.kind, "rank": adapter.rank, "scale": adapter.scale},
         license_from=base_folder, max_pixels=limit, peft=True,
     )  # fmt: skip
-
-
-def _add_changed_modules(adapter: Adapter, layout: Layout, base_folder: Path, folder: Path) -> None:
-    trained_on = base_of(folder, adapter)
-    if trained_on is None or trained_on.resolve() == base_folder.resolve() or is_quantized(trained_on):
-        return
-    _, other = read_layout(trained_on)
-    head, embedding = head_and_embedding(layout.family)
-    changed = {}
-    for name, entry in other.entries.items():
-        mine = layout.entries.get(embedding if name == head and layout.tied else name)
-        if mine is None or mine.shape != entry.shape:
-            raise ConversionError(f"the adapter was trained on {trained_on}, whose {name} the base has not")
-        # qwen3_5's norms lose bits in MLX's own form, trained or not
-        if not fam.is_shifted_norm(layout.family, name) and not same_values(mine, entry):
-            changed[name] = entry
-    if len(changed) > len(other.entries) // 4:
-        raise ConversionError(
-            f"the adapter was trained on {trained_on}, and {len(changed)} of its {len(other.entries)} "
-            "tensors differ from the base: give the base it was trained on"
-        )
-    adapter.saved.update(changed)

@@ -112,13 +112,19 @@ def _vision_shapes(vision: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_model(
-    folder: Path, config: dict, *, dtype: str = "BF16", seed: int = 0, rename=None, **keys
+    folder: Path, config: dict, *, dtype: str = "BF16", seed: int = 0, rename=None, bias=(), **keys
 ) -> dict:
-    """Write a random checkpoint; returns its float32 tensors (after rounding) by disk name."""
+    """Write a random checkpoint; returns its float32 tensors (after rounding) by disk name.
+
+    ``bias``: last names of the linears that have one, beside those of the family.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     values, outputs = {}, []
-    for name, shape in shapes_of(config).items():
+    shapes = shapes_of(config)
+    for name in [n for n in shapes if n.split(".")[-2] in bias]:
+        shapes[name.replace(".weight", ".bias")] = shapes[name][:1]
+    for name, shape in shapes.items():
         value = rng.standard_normal(shape).astype(np.float32) * (0.3 if len(shape) > 1 else 0.1)
         value = value + 1 if "norm" in name or "ln_q" in name else value
         stored = from_float32(value.astype(np.float32), dtype)
