@@ -13,7 +13,7 @@ app = typer.Typer(
 )
 
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare logits on probe inputs.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace DST, if a conversion wrote it.")]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; default: as it is.")
 ]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mpi_mlx.errors import ConversionError, DeviceError, ModelError
 
 # weights, and what is written anew, are not copied; remote code (*.py) is not carried on
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*",
+           "additional_chat_templates/*.jinja")  # fmt: skip
 _NOT_COPIED = {
     "config.json",
     "adapter_config.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 }
+_OF_A_RUN = ("recipe.yaml", "progress.json", "environment.json")
 
 
 def find_source(source: str | Path) -> Path:
@@ -120,32 +122,82 @@ def check_disk(destination: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def staged(destination: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside ``destination``, renamed to it on success and removed on failure."""
-    final = Path(destination).expanduser().absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())) and not overwrite:
-        raise ConversionError(f"{final} exists: choose another DST or pass --overwrite")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
+def staged(destination: str | Path, *, overwrite: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
+    """A fresh folder beside ``destination``, renamed to it on success and removed on failure.
+
+    A destination that is a link stands for the place it points to. ``overwrite`` replaces what a conversion wrote
+    and nothing else, and never what the result is made from, ``sources``. Raises ConversionError otherwise.
+    """
+    final = Path(os.path.realpath(Path(destination).expanduser()))
+    _clear_abandoned(final)
+    _check_free(final, overwrite, sources)
+    missing = [p for p in final.parents if not p.exists()]
     work = final.parent / f".{final.name}.{os.getpid()}.partial"
-    work.mkdir()
     try:
+        try:
+            work.mkdir(parents=True)
+        except OSError as e:
+            raise ConversionError(f"{final} cannot be made ({e.strerror}): choose another DST") from None
         yield work
         _sync(work)
-        old = final.parent / f".{final.name}.{os.getpid()}.old"
-        if final.exists():
-            final.rename(old)
-        work.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
+        _take_place(work, final)
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in missing:  # the innermost first; what is not empty is somebody else's by now
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Delete what conversions into the same place left behind when they were killed."""
-    for path in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _runs(int(pid))):
+def _check_free(final: Path, overwrite: bool, sources: Iterable[Path]) -> None:
+    if not final.exists() or final.is_dir() and not any(final.iterdir()):
+        return
+    inside = next((s for s in sources if _lies_in(s, final)), None)
+    if inside is not None:
+        raise ConversionError(f"{final} holds {inside}, which the result is made from: choose another DST")
+    if not final.is_dir():
+        raise ConversionError(f"{final} is a file: choose another DST")
+    if not overwrite:
+        raise ConversionError(f"{final} exists: choose another DST or pass --overwrite")
+    model = any((final / name).is_file() for name in ("config.json", "adapter_config.json"))
+    run = next((name for name in _OF_A_RUN if (final / name).exists()), None)
+    if run or not model or not any(final.glob("*.safetensors")):
+        why = f"is a run, it has {run}" if run else "is no model or adapter folder"
+        raise ConversionError(f"{final} {why}, so --overwrite does not delete it: choose another DST")
+
+
+def _lies_in(source: Path, final: Path) -> bool:
+    """Whether a source, or what its links point to, is ``final`` or in it."""
+    real = source.resolve()
+    links = [p.resolve() for p in real.iterdir() if p.is_symlink()] if real.is_dir() else []
+    return any(p == final or final in p.parents for p in (real, *links))
+
+
+def _take_place(work: Path, final: Path) -> None:
+    old = final.parent / f".{final.name}.{os.getpid()}.old"
+    if final.exists():
+        final.rename(old)
+    try:
+        work.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_abandoned(final: Path) -> None:
+    """Delete what conversions into the same place left behind when they were killed.
+
+    One that was killed between its two renames has left the earlier folder under another name: it comes back.
+    """
+    for path in sorted(final.parent.glob(f".{glob.escape(final.name)}.*")):
+        pid, _, kind = path.name.removeprefix(f".{final.name}.").partition(".")
+        if kind not in ("partial", "old") or not pid.isdigit() or int(pid) != os.getpid() and _runs(int(pid)):
+            continue
+        if kind == "old" and (not final.exists() or final.is_dir() and not any(final.iterdir())):
+            path.rename(final)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -173,7 +225,9 @@ def copy_companions(source: Path, destination: Path) -> list[str]:
     copied = []
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _NOT_COPIED and not (destination / path.name).exists():
-                shutil.copyfile(path, destination / path.name)
-                copied.append(path.name)
+            name = path.relative_to(source)
+            if path.is_file() and path.name not in _NOT_COPIED and not (destination / name).exists():
+                (destination / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, destination / name)
+                copied.append(str(name))
     return copied

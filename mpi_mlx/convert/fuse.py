@@ -49,7 +49,7 @@ def fuse(
     notes = _apply(layout, adapter, folder, dtype)
     final = Path(destination).expanduser()
     check_disk(final, written_bytes(layout, dtype) * (2 if quantize else 1))
-    with staged(final, overwrite=overwrite) as work:
+    with staged(final, overwrite=overwrite, sources=[folder, base_folder]) as work:
         report = write_folder(
             layout, base_folder, final, work, dtype=dtype, shard_bytes=shard_bytes, for_mlx=action != "to-hf"
         )

@@ -197,7 +197,7 @@ def from_gguf(
     outputs = outputs_of_gguf(gguf, config, config["dtype"])
     final = Path(destination).expanduser()
     check_disk(final, sum(o.nbytes for o in outputs))
-    with staged(final, overwrite=overwrite) as work:
+    with staged(final, overwrite=overwrite, sources=[path]) as work:
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         canonical = canonical_config(work)
         check_supported(canonical)

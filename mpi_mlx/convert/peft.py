@@ -55,7 +55,7 @@ def from_peft(
     text = layout.config.get("text_config") or layout.config
     if needs_model:
         check_disk(final, written_bytes(layout))
-    with staged(final, overwrite=overwrite) as work:
+    with staged(final, overwrite=overwrite, sources=[folder, base_folder]) as work:
         given = Path(base).expanduser()
         # the adapter is loaded from anywhere: a folder is named in full
         named = str(final.absolute() / "model") if needs_model else str(given.absolute() if given.is_dir() else base)
@@ -130,19 +130,20 @@ def to_peft(
     _, layout = read_layout(base_folder)
     family = layout.family
     adapter = read_mlx_adapter(folder, family)
-    notes = add_changed_modules(adapter, layout, base_folder, base_of(folder, adapter))
+    trained_on = base_of(folder, adapter)
+    notes = add_changed_modules(adapter, layout, base_folder, trained_on)
     shapes = {n: e.shape for n, e in layout.entries.items()}
     head, embedding = head_and_embedding(family)
     if layout.tied:
         shapes[head] = shapes[embedding]
     check_fit(adapter, shapes, folder)
     final = Path(destination).expanduser()
-    with staged(final, overwrite=overwrite) as work:
+    sources = [folder, base_folder, *([trained_on] if trained_on else [])]
+    with staged(final, overwrite=overwrite, sources=sources) as work:
         count = write_peft_adapter(work, adapter, family, shapes, str(base))
         report = ConversionReport("to-peft", final, family.name, count, notes=notes)
         report.nbytes = (work / PEFT_WEIGHTS).stat().st_size
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
-        trained_on = base_of(folder, adapter)
         quantized = bool(trained_on and is_quantized(trained_on))
         if adapter.base_quantization or quantized:
             report.notes.append(

@@ -104,7 +104,7 @@ def to_mlx(
     _, layout = read_layout(folder)
     final = Path(destination).expanduser()
     check_disk(final, written_bytes(layout, dtype) * (2 if quantize else 1))
-    with staged(final, overwrite=overwrite) as work:
+    with staged(final, overwrite=overwrite, sources=[folder]) as work:
         report = write_folder(layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes)
         report.action = "to-mlx"
         if check:
@@ -223,10 +223,12 @@ def to_hf(
             action="to-hf",
         )
     folder = find_source(source)
-    _, layout = read_layout(folder, find_source(base) if base else None, for_mlx=False)
+    base_folder = find_source(base) if base else None
+    _, layout = read_layout(folder, base_folder, for_mlx=False)
     final = Path(destination).expanduser()
     check_disk(final, written_bytes(layout, dtype))
-    with staged(final, overwrite=overwrite) as work:
+    sources = [folder, base_folder] if base_folder else [folder]
+    with staged(final, overwrite=overwrite, sources=sources) as work:
         report = write_folder(
             layout, folder, final, work, dtype=dtype, shard_bytes=shard_bytes, for_mlx=False
         )

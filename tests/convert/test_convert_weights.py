@@ -275,7 +275,7 @@ def test_a_disk_too_small_is_said_beforehand(tmp_path, monkeypatch):
 
 def test_an_existing_destination_is_kept(tmp_path):
     write_config(tmp_path)
-    (tmp_path / "mlx").mkdir()
+    to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
     (tmp_path / "mlx" / "mine").write_text("x")
     with pytest.raises(ConversionError, match="pass --overwrite"):
         to_mlx(tmp_path / "source", tmp_path / "mlx", check=False)
