@@ -10,9 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mpi_mlx.convert import families as fam
-from mpi_mlx.convert.layout import Layout, head_and_embedding
+from mpi_mlx.convert.layout import FLOATS, Layout, head_and_embedding
 from mpi_mlx.convert.report import ConversionReport
+from mpi_mlx.convert.shards import DTYPE_NAMES
 from mpi_mlx.errors import ConversionError
+
+# largest relative errors of the logits that a good conversion shows: where values are only copied (both libraries in
+# float32: up to 5e-4 by what they compute otherwise), and where a merge or another type rounds them to 8 bits
+COPIED, ROUNDED = 1e-2, 0.2
 
 
 def expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -117,12 +122,26 @@ def _torch_logits(side: Side, config: dict, probes, report: ConversionReport):
     return torch_side.torch_logits(model, config, probes)
 
 
-def check_logits(report: ConversionReport, config: dict, sides: list[Side], nbytes: int) -> None:
+def bound_of(layout: Layout, dtype: str | None = None, *, rounds: bool = False) -> float:
+    """The error of the logits above which a conversion of ``layout`` has failed.
+
+    ``dtype`` as asked for; ``rounds``: the values go through a narrower type on the way. MLX rounds norms that it
+    holds plus one by itself when it loads them, in any type but float32.
+    """
+    code = DTYPE_NAMES[dtype] if dtype else None
+    narrowed = code not in (None, "F32") and any(e.dtype in FLOATS - {code} for e in layout.entries.values())
+    plus_one = any(fam.is_shifted_norm(layout.family, n) and e.dtype != "F32" for n, e in layout.entries.items())
+    return ROUNDED if rounds or narrowed or plus_one else COPIED
+
+
+def check_logits(
+    report: ConversionReport, config: dict, sides: list[Side], nbytes: int, bound: float = COPIED
+) -> None:
     """Run the probes on each side and report the error of every side against the first that ran.
 
     Torch sides are skipped where torch is not installed. ``nbytes``: size of the model in float32, to leave
-    out what memory cannot hold. Raises ConversionError for logits that are not finite, and for a result that
-    transformers does not load whole.
+    out what memory cannot hold. Raises ConversionError for logits that are not finite or further off than ``bound``,
+    and for a result that transformers does not load whole.
     """
     from mpi_mlx.convert import torch_side
     from mpi_mlx.models import probe
@@ -149,3 +168,10 @@ def check_logits(report: ConversionReport, config: dict, sides: list[Side], nbyt
     for label, logits in ran[1:]:
         for p, ours, theirs in zip(probes, logits, reference, strict=True):
             report.errors[f"{p.name}: {label} against {first}"] = probe.relative_error(ours, theirs)
+    name, worst = max(report.errors.items(), key=lambda item: item[1])
+    if worst > bound:
+        raise ConversionError(
+            f"the logits are off by {worst:.1e} on {name}, where {bound:g} is the most that a good conversion shows; "
+            "nothing was written (--no-check writes it anyway)"
+        )
+

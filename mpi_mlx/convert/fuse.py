@@ -62,7 +62,9 @@ def fuse(
                 sides.append(Side("the fused folder", "mlx", work))
                 if action == "to-hf":
                     sides.append(Side("transformers on the fused folder", "torch", work, made=True))
-                checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+                written = {DTYPE_NAMES[dtype] if dtype else e.dtype for e in layout.entries.values()}
+                bound = checks.bound_of(layout, rounds=bool(written & {"F16", "BF16"}))
+                checks.check_logits(report, layout.config, sides, float32_bytes(layout), bound)
         if quantize:
             quantize_in_place(work, quantize, report, check, layout, shard_bytes)
         recipe = run_recipe(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def from_peft(
             with view(base_folder, "torch", report, work) as in_torch, view(model, "mlx", report, work) as in_mlx:
                 sides = [Side("peft on the source", "torch", in_torch, folder)] if in_torch else []
                 sides += [Side("mlx on the result", "mlx", in_mlx, work)] if in_mlx else []
-                checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+                bound = checks.bound_of(layout, rounds=is_quantized(base_folder))
+                checks.check_logits(report, layout.config, sides, float32_bytes(layout), bound)
     return report
 
 
@@ -131,7 +133,7 @@ def to_peft(
     family = layout.family
     adapter = read_mlx_adapter(folder, family)
     trained_on = base_of(folder, adapter)
-    notes = add_changed_modules(adapter, layout, base_folder, trained_on)
+    rounded = add_changed_modules(adapter, layout, base_folder, trained_on)
     shapes = {n: e.shape for n, e in layout.entries.items()}
     head, embedding = head_and_embedding(family)
     if layout.tied:
@@ -141,7 +143,7 @@ def to_peft(
     sources = [folder, base_folder, *([trained_on] if trained_on else [])]
     with staged(final, overwrite=overwrite, sources=sources) as work:
         count = write_peft_adapter(work, adapter, family, shapes, str(base))
-        report = ConversionReport("to-peft", final, family.name, count, notes=notes)
+        report = ConversionReport("to-peft", final, family.name, count, notes=list(rounded))
         report.nbytes = (work / PEFT_WEIGHTS).stat().st_size
         report.covered = f"all {len(adapter.modules)} adapted modules found in the base with their shapes"
         quantized = bool(trained_on and is_quantized(trained_on))
@@ -156,7 +158,9 @@ def to_peft(
             with view(own, "mlx", report, work) as in_mlx, view(base_folder, "torch", report, work) as in_torch:
                 sides = [Side("mlx on the source", "mlx", in_mlx, folder)] if in_mlx else []
                 sides += [Side("peft on the result", "torch", in_torch, work)] if in_torch else []
-                checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+                bound = checks.bound_of(layout, rounds=bool(rounded) or is_quantized(base_folder))
+                bound = math.inf if adapter.base_quantization else bound  # as the note says
+                checks.check_logits(report, layout.config, sides, float32_bytes(layout), bound)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +110,8 @@ def to_mlx(
         report.action = "to-mlx"
         if check:
             sides = [_source_side(folder, mlx=layout.from_mlx), Side("mlx on the result", "mlx", work)]
-            checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+            bound = checks.bound_of(layout, dtype)
+            checks.check_logits(report, layout.config, sides, float32_bytes(layout), bound)
         if quantize:
             quantize_in_place(work, quantize, report, check, layout, shard_bytes)
         write_card(work, source=str(source), action="to-mlx", quantize=quantize, license_from=folder)
@@ -177,7 +179,7 @@ def quantize_in_place(
     if check:
         loss = ConversionReport("", work, report.family)
         sides = [Side("the float result", "mlx", work), Side(f"{bits} bits", "mlx", out)]
-        checks.check_logits(loss, layout.config, sides, float32_bytes(layout))
+        checks.check_logits(loss, layout.config, sides, float32_bytes(layout), math.inf)
         if loss.errors:
             report.notes.append(f"loss of quantizing to {bits} bits, as logits error: {loss.worst:.1e}")
     for path in work.glob("*.safetensors*"):
@@ -244,7 +246,8 @@ def to_hf(
             if in_mlx:
                 sides.append(Side("mlx on the result", "mlx", work))
             sides.append(Side("transformers on the result", "torch", work, made=True))
-            checks.check_logits(report, layout.config, sides, float32_bytes(layout))
+            bound = checks.bound_of(layout, dtype, rounds=is_quantized(folder))
+            checks.check_logits(report, layout.config, sides, float32_bytes(layout), bound)
         write_card(work, source=str(source), action="to-hf", license_from=folder)
     return report
 
