@@ -72,11 +72,14 @@ def read_float32(tensor: Stored) -> np.ndarray:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConversionError(f"{path.parent} is no adapter: it has no {path.name}") from None
     except ValueError as e:
         raise ConversionError(f"{path} is not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise ConversionError(f"{path} holds no object: save the adapter again")
+    return found
 
 
 def unify(modules: dict[str, LowRank], rank: int, scale: float) -> dict[str, LowRank]:

@@ -129,7 +129,7 @@ def _quantized_as_trained(entry: Entry, spec: dict) -> Entry:
 
 def _merged(entry: Entry, low: LowRank, dtype: str) -> Entry:
     def merged(data: np.ndarray, start: int, stop: int) -> np.ndarray:
-        return from_float32(low.rows(start, stop).merged(to_float32(data, entry.dtype)), dtype)
+        return from_float32(low.rows(start, stop).merged(to_float32(data, entry.dtype)), dtype, entry.name)
 
     return entry.changed(merged, dtype)
 

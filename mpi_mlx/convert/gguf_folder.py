@@ -155,10 +155,10 @@ def _output(name: str, tensor: GGUFTensor, dtype: str, heads: int | None) -> Out
     def make() -> Iterator[bytes]:
         source = tensor
         if order is not None and len(tensor.shape) == 1:
-            yield memoryview(from_float32(source.read()[order], code)).cast("B")
+            yield memoryview(from_float32(source.read()[order], code, name)).cast("B")
             return
         for rows in source.blocks_of_rows(order):
-            yield memoryview(np.ascontiguousarray(from_float32(rows, code))).cast("B")
+            yield memoryview(np.ascontiguousarray(from_float32(rows, code, name))).cast("B")
 
     return Output(name, code, tensor.shape, make)
 

@@ -69,6 +69,26 @@ def refuse_unknown(config: dict, folder: Path) -> None:
         )
 
 
+def check_numbers(config: dict, folder: Path) -> None:
+    """Refuse ranks and alphas that give no scale, and patterns that match nothing because they are broken."""
+    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    for key, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise ConversionError(f"{folder / CONFIG}: {key} is {pattern!r}, not an object of patterns and numbers")
+    values = {key: config.get(key) for key in ("r", "lora_alpha")}
+    values |= {f"{key} of {name!r}": v for key, pattern in patterns.items() for name, v in pattern.items()}
+    for key, value in values.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConversionError(
+                f"{folder / CONFIG}: {key} is {value!r}, not a number above 0: write there what it was trained with"
+            )
+    for pattern in patterns["alpha_pattern"]:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ConversionError(f"{folder / CONFIG}: alpha_pattern {pattern!r} is no pattern: {e}") from None
+
+
 def _split(name: str) -> tuple[str, str]:
     """(module, leaf) of a PEFT tensor name without its prefix; leaf is "" for a saved whole tensor."""
     for leaf in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B"):
@@ -85,6 +105,7 @@ def read_peft_adapter(folder: Path, family: Family) -> Adapter:
     """
     config = read_json(folder / CONFIG)
     refuse_unknown(config, folder)
+    check_numbers(config, folder)
     if not (folder / PEFT_WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
             raise ConversionError(

@@ -73,13 +73,26 @@ def to_float32(data: np.ndarray, dtype: str) -> np.ndarray:
     return data.astype(np.float32)
 
 
-def from_float32(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Round to nearest even into a stored float type (bfloat16 comes as its uint16 bits, NaN kept NaN)."""
-    if dtype != "BF16":
-        return data.astype(NUMPY_TYPES[dtype])
-    bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+def from_float32(data: np.ndarray, dtype: str, name: str = "a tensor") -> np.ndarray:
+    """Round to nearest even into a stored float type (bfloat16 comes as its uint16 bits, NaN kept NaN).
+
+    Raises ConversionError, about ``name``, for a finite value that the type cannot hold.
+    """
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        out = np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
+        infinite = (out & 0x7FFF) == 0x7F80
+    else:
+        with np.errstate(over="ignore"):
+            out = data.astype(NUMPY_TYPES[dtype])
+        infinite = np.isinf(out)
+    if infinite.any() and np.isfinite(lost := data[infinite]).any():
+        most = np.abs(lost[np.isfinite(lost)]).max()
+        raise ConversionError(
+            f"{name} has values up to {most:.1e}, which are infinite in {dtype}: choose another --dtype"
+        )
+    return out
 
 
 def _entry(name: str, info: dict) -> tuple[str, str, tuple[int, ...], int, int]:

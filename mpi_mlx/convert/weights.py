@@ -14,7 +14,8 @@ from mpi_mlx.convert.checks import Side
 from mpi_mlx.convert.configs import canonical_config, check_supported, mlx_config, read_json
 from mpi_mlx.convert.families import family_of
 from mpi_mlx.convert.folders import check_disk, copy_companions, find_source, refuse_other_formats, staged
-from mpi_mlx.convert.layout import Layout, lay_out, outputs_of, set_dtype
+from mpi_mlx.convert.layout import Layout, outputs_of, set_dtype
+from mpi_mlx.convert.reading import lay_out
 from mpi_mlx.convert.report import ConversionReport
 from mpi_mlx.convert.shards import SHARD_BYTES, Checkpoint, Output, open_checkpoint, write_checkpoint
 from mpi_mlx.errors import ConversionError
@@ -214,16 +215,8 @@ def to_hf(
             raise ConversionError(
                 f"{path} holds an adapter: pass --merge to fold it into the weights, or use `convert to-peft`"
             )
-        return fuse(
-            path,
-            destination,
-            base=base,
-            dtype=dtype,
-            check=check,
-            overwrite=overwrite,
-            shard_bytes=shard_bytes,
-            action="to-hf",
-        )
+        keys = {"base": base, "dtype": dtype, "check": check, "overwrite": overwrite, "shard_bytes": shard_bytes}
+        return fuse(path, destination, **keys, action="to-hf")
     folder = find_source(source)
     base_folder = find_source(base) if base else None
     _, layout = read_layout(folder, base_folder, for_mlx=False)
