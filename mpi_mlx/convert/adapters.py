@@ -19,6 +19,7 @@ import numpy as np
 from mpi_mlx.convert import families as fam
 from mpi_mlx.convert.families import Family
 from mpi_mlx.convert.layout import Entry
+from mpi_mlx.convert.reading import as_disk
 from mpi_mlx.convert.shards import Output, Stored, read_header, to_float32, write_file
 from mpi_mlx.errors import ConversionError
 
@@ -142,7 +143,7 @@ def read_mlx_adapter(folder: Path, family: Family) -> Adapter:
         if disk is None:
             raise ConversionError(f"{name} of {folder} has no place in {family.name}'s table")
         if not low_rank:
-            saved[disk] = Entry.of(tensor, disk)
+            saved[disk] = as_disk(family, Entry.of(tensor, disk))
         elif leaf == "lora_a":
             pair, m = tensors.get(f"{module}.lora_b"), tensors.get(f"{module}.m")
             if pair is None:

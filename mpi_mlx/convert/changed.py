@@ -44,6 +44,9 @@ def _changed(layout: Layout, other: Layout, trained_on: Path) -> dict[str, Entry
             raise ConversionError(f"the adapter was trained on {trained_on}, whose {name} the base has not")
         if not same_but_for_rounding(mine, entry):
             changed[name] = entry
+    if embedding in changed and other.tied and layout.tied:
+        # peft's copy of a tied embedding is no longer the head's weight
+        changed[head] = replace(changed[embedding], name=head)
     # matrices tell whether it is another model; saved norms and biases are many and small
     matrices = [name for name, entry in theirs.items() if len(entry.shape) > 1]
     differ = [name for name in matrices if name in changed]

@@ -46,7 +46,7 @@ def _dequantized(stored: dict[str, Stored], name: str, family: Family, spec: dic
     return Entry(name, scales.dtype, shape, rows)
 
 
-def _as_disk(family: Family, entry: Entry, base: dict[str, Stored] | None) -> Entry:
+def as_disk(family: Family, entry: Entry, base: dict[str, Stored] | None = None) -> Entry:
     """Undo MLX's axis order and qwen3_5's shift on one entry."""
     if fam.is_convolution(family, entry.name):
         axes = fam.TO_DISK[len(entry.shape)]
@@ -99,7 +99,7 @@ def lay_out(
             entry.name = disk
         else:
             entry = Entry.of(tensor, disk)
-        entries[disk] = _as_disk(family, entry, sources) if tree else entry
+        entries[disk] = as_disk(family, entry, sources) if tree else entry
     saved_by_mlx = tree or spec is not None or checkpoint.format == "mlx"
     tied = bool(config["tie_word_embeddings"])
     layout = Layout(family, copy.deepcopy(config), entries, tied, from_mlx=saved_by_mlx, in_tree=tree)

@@ -3,14 +3,22 @@
 import json
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hand_made import LLAMA, write_model
 
-from mpi_mlx.convert.adapters import Adapter, LowRank, write_mlx_adapter
+from mpi_mlx.convert.adapters import Adapter, LowRank, read_mlx_adapter, write_mlx_adapter
 from mpi_mlx.convert.families import FAMILIES
 from mpi_mlx.convert.peft import to_peft
-from mpi_mlx.convert.shards import Output, from_float32, open_checkpoint, read_header, to_float32, write_checkpoint
+from mpi_mlx.convert.shards import (
+    Output,
+    from_float32,
+    open_checkpoint,
+    read_header,
+    to_float32,
+    write_checkpoint,
+)
 from mpi_mlx.convert.weights import to_mlx
 from mpi_mlx.errors import ConversionError
 
@@ -112,6 +120,17 @@ def test_many_small_tensors_are_no_other_model(tmp_path):
         to_peft(tmp_path / "adapter", tmp_path / "again", base=tmp_path / "base", check=False)
 
 
+def test_a_changed_embedding_that_is_the_head_too(tmp_path):
+    """peft gives the embedding a copy of its own, so that the head has to be saved with it."""
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    write_model(tmp_path / "base", LLAMA, dtype="F32")
+    other = changed_copy(tmp_path, model__embed_tokens__weight=1.5)
+    report = to_peft(write_adapter(tmp_path / "adapter", other, Q), tmp_path / "out", base=tmp_path / "base")
+    assert written(tmp_path / "out")[0] == ["lm_head", "model.embed_tokens"]
+    assert report.errors and report.worst < 1e-5
+
+
 @pytest.fixture()
 def qwen3_5(tmp_path):
     """A tiny bfloat16 qwen3_5 of transformers, whose norms MLX holds plus one."""
@@ -163,3 +182,20 @@ def test_norms_of_qwen3_5_that_mlx_saved_changed_where_they_were_trained(qwen3_5
     assert changed(saved, qwen3_5) == changed(qwen3_5, saved) == []
     change(saved, language_model__model__norm__weight=1.5)
     assert changed(saved, qwen3_5) == changed(qwen3_5, saved) == ["model.language_model.norm.weight"]
+
+
+def test_whole_tensors_of_an_mlx_adapter_are_in_mlx_form(tmp_path):
+    """mlx-vlm saves trained modules beside the adapters: norms of qwen3_5 plus one, convolutions in its own order."""
+    family, low = FAMILIES["qwen3_5"], LowRank(np.zeros((2, 4), np.float32), np.zeros((4, 2), np.float32), 1.0)
+    adapter = Adapter("lora", 2, 1.0, 0.0, {"model.language_model.layers.3.self_attn.q_proj": low})
+    write_mlx_adapter(tmp_path, adapter, family, 4, "base")
+    patch = np.arange(2 * 3 * 5 * 7 * 3, dtype=np.float32).reshape(2, 3, 5, 7, 3)
+    norm = np.full(4, 1.25, np.float32)
+    whole = {"language_model.model.norm.weight": norm, "vision_tower.patch_embed.proj.weight": patch}
+    path = str(tmp_path / "adapters.safetensors")
+    weights = dict(mx.load(path)) | {n: mx.array(d) for n, d in whole.items()}
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, {"format": "mlx"})
+    saved = read_mlx_adapter(tmp_path, family).saved
+    assert np.array_equal(saved["model.language_model.norm.weight"].read(), np.full(4, 0.25, np.float32))
+    assert np.array_equal(saved["model.visual.patch_embed.proj.weight"].read(), patch.transpose(0, 4, 1, 2, 3))
