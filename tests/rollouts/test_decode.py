@@ -16,6 +16,12 @@ def model():
     return load_model("embedded:tiny")
 
 
+@pytest.fixture(autouse=True)
+def as_on_cpu(monkeypatch):
+    """On GPUs few slots are not shared."""
+    monkeypatch.setattr(decode, "on_cpu", lambda: True)
+
+
 def asked(model, query, document=None):
     pixels = np.random.default_rng(len(query)).integers(0, 255, (56, 56, 3), np.uint8)
     content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": query}]
@@ -58,6 +64,16 @@ def test_equal_completions_are_forwarded_once(model):
     assert [len(g) for g in groups] == [8, 3, 1, 6, 2]
     assert all(len(c.ids) == 12 for g in groups for c in g)
     assert stats.row_steps == 5 * 11
+
+
+@pytest.mark.parametrize(("few", "slots"), [(35, 5), (36, 36)])
+def test_a_gpu_shares_slots_only_where_there_are_many(model, monkeypatch, few, slots):
+    """Five prompts' equal completions need 5 slots, or 36 (3 x 8 and 2 x 6) by themselves."""
+    monkeypatch.setattr(decode, "on_cpu", lambda: False)
+    monkeypatch.setattr(decode, "SHARE_ABOVE_GPU", few)
+    stats = SamplingStats()
+    sample_mixed(model, requests(model), max_tokens=12, temperature=0.0, stop_ids=(), stats=stats)
+    assert stats.row_steps == slots * 11
 
 
 def batch_of(counts):
