@@ -54,7 +54,9 @@ class TextFamily:
     @property
     def dtype(self) -> mx.Dtype:
         embedding = self.text.embed_tokens
-        return embedding.scales.dtype if "scales" in embedding else embedding.weight.dtype
+        found = embedding.get("scales", embedding.weight).dtype
+        # scales of mxfp4 and the like are bytes
+        return found if mx.issubdtype(found, mx.floating) else self.text.norm.weight.dtype
 
     def embed_tokens(self, ids: mx.array) -> mx.array:
         return self.text.embed_tokens(ids)

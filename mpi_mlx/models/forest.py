@@ -112,16 +112,41 @@ class Forest:
         keep = (sizes <= KEEP_BYTES).tolist()
         pieces = [mx.split(x, self._key_cuts, axis=2) for x in (keys, values)]
         joined: dict[tuple[int, ...], tuple[mx.array, ...]] = {}
-        for which in (which for parts in self._pieces for which in parts):
+
+        def part(which):
             if which not in joined:
                 chosen = [[x[i] for i in which] for x in pieces]
                 joined[which] = tuple(x[0] if len(x) == 1 else mx.concatenate(x, axis=2) for x in chosen)
-        split = mx.split(queries, self._query_cuts, axis=2)
-        outputs = [
-            attention_over_parts(own, [joined[which] for which in parts], bias, scale, whole)
-            for own, parts, bias, whole in zip(split, self._pieces, self.biases(window), keep, strict=True)
-        ]
+            return joined[which]
+
+        outputs, split = [], mx.split(queries, self._query_cuts, axis=2)
+        for own, parts, biases, whole in zip(split, self._pieces, self.biases(window), keep, strict=True):
+            shared = [
+                (part(block), bias)
+                for which, bias in zip(parts, biases, strict=True)
+                for block in ([which] if bias is not None else aligned(which))
+            ]
+            outputs.append(attention_over_parts(own, *zip(*shared, strict=True), scale, whole))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def aligned(which: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Ascending numbers in blocks of successive ones, a power of two of them from a multiple of it on, the fewest.
+
+    Runs further down a way see the same blocks, and some more: each is joined, and kept for the backward pass, once,
+    where every run's keys joined would be so many copies as there are runs.
+
+    >>> aligned((0, 1, 2, 3, 4, 6, 7))
+    [(0, 1, 2, 3), (4,), (6, 7)]
+    """
+    blocks, i = [], 0
+    while i < len(which):
+        first, size = which[i], 1
+        while first % (2 * size) == 0 and which[i + 2 * size - 1 : i + 2 * size] == (first + 2 * size - 1,):
+            size *= 2
+        blocks.append(which[i : i + size])
+        i += size
+    return blocks
 
 
 def _borders(keys: np.ndarray) -> list[int]:

@@ -67,11 +67,10 @@ class Held:
     time is that of launching its operations, they take as long as the model itself.
     """
 
-    def hold(self) -> None:
-        """Keeps A and scale B in the base's type until :meth:`let_go`; gives the adapter no gradient."""
-        matrices = (self.lora_a, self.lora_b * self.scale)
-        kept = [mx.stop_gradient(m.astype(self.linear_dtype)) for m in matrices]
-        self._held = (*kept, self.factor())
+    def hold(self, dtype: mx.Dtype) -> None:
+        """Keeps A and scale B in ``dtype``, the model's, until :meth:`let_go`; gives the adapter no gradient."""
+        kept = (self.lora_a, self.lora_b * self.scale, self.factor())
+        self._held = tuple(m if m is None else mx.stop_gradient(m.astype(dtype)) for m in kept)
 
     def let_go(self) -> None:
         self.pop("_held", None)
@@ -84,9 +83,6 @@ class Held:
         """What the whole output is multiplied by (outputs,); None: nothing."""
         return None
 
-    @property
-    def linear_dtype(self) -> mx.Dtype:
-        return self.linear.scales.dtype if "scales" in self.linear else self.linear.weight.dtype
 
 
 class LoRALinear(Held, VlmLoRALinear):
@@ -169,7 +165,10 @@ class DoRALinear(Held, VlmDoRALinear):
 
     def _norm(self) -> mx.array:
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
-        cross = self._product(a.T.astype(self.linear_dtype)).astype(mx.float32)  # (rank, outputs): A^T W^T
+        found = self.linear.get("scales", self.linear.weight).dtype
+        # scales of mxfp4 and the like are bytes
+        base = found if mx.issubdtype(found, mx.floating) else mx.bfloat16
+        cross = self._product(a.T.astype(base)).astype(mx.float32)  # (rank, outputs): A^T W^T
         gram = (a.T @ a) @ b
         square = (
             self._square + 2 * self.scale * (cross * b).sum(axis=0) + self.scale**2 * (gram * b).sum(axis=0)
@@ -177,7 +176,7 @@ class DoRALinear(Held, VlmDoRALinear):
         return mx.sqrt(mx.maximum(square, 1e-24))
 
     def factor(self) -> mx.array:
-        return mx.stop_gradient((self.m / self._norm()).astype(self.linear_dtype))
+        return self.m / self._norm()
 
     def weight_now(self) -> mx.array:
         """As :meth:`LoRALinear.weight_now`."""

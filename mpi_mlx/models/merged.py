@@ -25,12 +25,13 @@ def merged_adapters(model: Model, tokens: int) -> Iterator[bool]:
     layers = _mergeable(model) if tokens >= LEAST_TOKENS else []
     if sum(layer.linear.weight.nbytes for layer in layers) > MOST_BYTES:
         layers = []
-    for layer in layers:
-        layer.merge()
-    others = _holdable(model)
-    for layer in others:
-        layer.hold()
+    others = []
     try:
+        for layer in layers:
+            layer.merge()
+        others = _holdable(model)
+        for layer in others:
+            layer.hold(model.dtype)
         mx.eval([value for layer in others for _, value in tree_flatten(layer._held)])  # not again for each token
         yield bool(layers)
     finally:

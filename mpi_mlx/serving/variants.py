@@ -34,7 +34,7 @@ class Variants:
                 plain.update({path: layer.linear for path, layer in layers.items()})
                 model.net.eval()
                 for layer in layers.values():  # nothing is trained here
-                    layer.hold()
+                    layer.hold(model.dtype)
                 mx.eval([value for layer in layers.values() for _, value in tree_flatten(layer._held)])
             found[name] = (layers, model.lora_spec, model.projector_trained)
             if folder is not None:

@@ -88,7 +88,7 @@ class RolloutSource:
         if spec.negative_weight == 0 and spec.kl_coef == 0:
             trained = [g.weighted() for g in groups if g.advantages.any()]
         parts = forwards([g.pair for g in trained], spec.micro_tokens, self.model.num_layers)
-        micros = [RolloutMicro([trained[i] for i in part]) for part in parts]
+        micros = [RolloutMicro([trained[i] for i in part], tree) for part, tree in parts]
         if spec.kl_coef > 0:
             self._score_reference(micros)
         if spec.minibatches > 1:  # the model will have moved when the next part's turn comes
@@ -215,7 +215,8 @@ class RolloutSource:
             micro.old_logprobs = self._scored(micro)
 
     def _scored(self, micro: RolloutMicro) -> mx.array:
-        logprobs, _ = score(self.model, micro.pairs, temperature=self.spec.temperature or 1.0, gradient=False)
+        options = dict(temperature=self.spec.temperature or 1.0, tree=micro.tree)
+        logprobs, _ = score(self.model, micro.pairs, **options, gradient=False)
         mx.eval(logprobs)
         return mx.stop_gradient(logprobs)
 

@@ -19,6 +19,7 @@ class RolloutMicro:
     """Some groups of a step, as one forward. R completions of up to T tokens."""
 
     groups: list[RolloutGroup]
+    tree: bool | None = None  # how they are forwarded, as in `score`
     old_logprobs: mx.array | None = None  # (R, T), scored before the first update on this batch
     reference_logprobs: mx.array | None = None  # (R, T), adapters switched off
     trained: bool = False
@@ -59,7 +60,7 @@ class RolloutObjective:
             loss, _ = self.supervised(micro.batch)
             return loss * micro.scale, {}
         spec = self.spec
-        logprobs, mask = score(self.model, micro.pairs, temperature=spec.temperature or 1.0)
+        logprobs, mask = score(self.model, micro.pairs, temperature=spec.temperature or 1.0, tree=micro.tree)
         if micro.old_logprobs is None:
             # Before the first update on this batch the model is the one that the ratio is taken against.
             micro.old_logprobs = mx.stop_gradient(logprobs)

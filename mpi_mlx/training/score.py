@@ -16,6 +16,7 @@ from mpi_mlx.training.rows import Group, Shape, forward_rows, padded, partition_
 from mpi_mlx.training.tree import Trie, forward_tree, partition_trees
 
 TREE_TOKEN = 1.2  # what a token of a tree costs, in tokens of rows: attention is computed in smaller parts
+TREE_SHARED = 0.06  # and each prompt's part of one that prompts share, whose keys are seen in many parts
 TREE_DEPTH = 4096  # of longer prompts and completions, trees would keep too many copies of keys for the backward pass
 
 
@@ -26,18 +27,22 @@ def score(
     temperature: float = 1.0,
     chunk: int | None = None,
     gradient: bool = True,
+    tree: bool | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities (R, T) float32 of completions under their prompts, and which are real: a mask (R, T).
 
     `groups` holds (prompt `Encoded`, completions int (T_i,)) pairs; R runs over groups and, within them, over
     completions. T is the longest completion, rounded up to 8; masked entries are 0. (One padded array serves
     a loss better than ragged lists do; `split` makes those.) `temperature` divides the logits, `chunk` and
-    `gradient` (False: none is wanted) are those of `token_logprobs`.
+    `gradient` (False: none is wanted) are those of `token_logprobs`. `tree`: how to forward them, as `forwards` chose;
+    None: what is cheaper for these alone.
 
     Equals `score_plain`: in float32 losses to 1e-5 and gradients to 1e-4 relative.
     """
     kv.route_attention(model.net)
-    forward = forward_tree if sum(trees_spare(groups, model.num_layers)) > 0 else forward_rows
+    if tree is None:
+        tree = sum(trees_spare(groups, model.num_layers)) > 0
+    forward = forward_tree if tree else forward_rows
     hidden, targets, found = forward(model, groups)
     logprobs = token_logprobs(model.loss_head(), hidden, mx.array(targets), temperature, chunk, gradient)
     places = np.zeros((len(found), padded(max(map(len, found)))), np.int32)
@@ -53,22 +58,23 @@ def trees_spare(groups: Sequence[Group], layers: int) -> list[float]:
     """How many tokens fewer each group costs as a tree than as rows; what its prompt shares with others left out."""
     spared = []
     for (prompt, completions), shared in zip(groups, shared_lengths([p for p, _ in groups]), strict=True):
-        tree = len(Trie.of_groups([(prompt, completions)]).inner) - shared
+        own = len(Trie.of_groups([(prompt, completions)]).inner) - shared
         deep = len(prompt) + max(map(len, completions), default=0) > TREE_DEPTH
         rows = Shape.of(len(prompt) - shared, completions).cost(layers)
-        spared.append(-float("inf") if deep else rows - TREE_TOKEN * tree)
+        spared.append(-float("inf") if deep else rows - TREE_TOKEN * own - TREE_SHARED * shared)
     return spared
 
 
-def forwards(groups: Sequence[Group], most_tokens: int, layers: int) -> list[list[int]]:
-    """Which groups to score in one call each: their indices. Those that make trees stay apart from the others.
+def forwards(groups: Sequence[Group], most_tokens: int, layers: int) -> list[tuple[list[int], bool]]:
+    """Which groups to score in one call each: their indices, and whether as a tree.
 
-    A forward holds at most `most_tokens` (or one group).
+    A forward holds at most `most_tokens` (or one group). Each group has completions.
     """
     spared, parts = trees_spare(groups, layers), []
     for partition, which in ((partition_trees, True), (partition_rows, False)):
         indices = [i for i, s in enumerate(spared) if (s > 0) == which]
-        parts += [[indices[i] for i in part] for part in partition([groups[i] for i in indices], most_tokens)]
+        for part in partition([groups[i] for i in indices], most_tokens):
+            parts.append(([indices[i] for i in part], which))
     return parts
 
 

@@ -104,14 +104,14 @@ def test_where_it_would_not_pay_or_not_be_the_same(case, qwen_folder):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "quantized"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "affine", "mxfp4"])
 def test_what_is_not_merged_is_held_and_the_same_function(kind, base, qwen_folder):
     model = load_model(qwen_folder, dtype="bfloat16" if base == "bfloat16" else None)
     with_lora(model, kind=kind)
-    if base == "quantized":
+    if base in ("affine", "mxfp4"):
         for module in model.net.modules():
             if "lora_a" in module:
-                module.linear = nn.QuantizedLinear.from_linear(module.linear, group_size=32)
+                module.linear = nn.QuantizedLinear.from_linear(module.linear, group_size=32, bits=4, mode=base)
     before = hidden(model)
     names = [name for name, _ in tree_flatten(model.net.parameters())]
     with merged_adapters(model, LEAST_TOKENS - 1) as done:

@@ -189,10 +189,15 @@ def test_completions_that_share_much_make_a_tree(text):
     assert [first, second] == pytest.approx(expected)
     groups = [(prompt, apart), (prompt, alike), (prompt, apart)]
     assert [s > 0 for s in score_module.trees_spare(groups, 10**6)] == [False, True, False]
-    assert forwards(groups, 10**6, 10**6) == [[1], [0, 2]]
-    # a document that prompts share is forwarded once in either way
-    longer = [(encode(text, query, DOCUMENT * 8), alike) for query in ("what is it?", "is it red?")]
-    assert [s > 0 for s in score_module.trees_spare(longer, 10**6)] == [True, True]
+    assert forwards(groups, 10**6, 10**6) == [([1], True), ([0, 2], False)]
+    # a document that prompts share is forwarded once in either way, and costs a tree a little more
+    longer = [(encode(text, query, DOCUMENT * 3), alike) for query in ("what is it?", "is it red?")]
+    first, second = (prompt.ids for prompt, _ in longer)
+    shared = int(np.argmax(first[: len(second)] != second[: len(first)]))
+    assert shared > 64  # else they are forwarded by themselves
+    rest = len(first) - shared
+    expected = (rest - 1) / 2 + 48 - 1.2 * (rest + 21) - 0.06 * shared
+    assert score_module.trees_spare(longer, 2)[0] == pytest.approx(expected)
     deep = [(prompt, [np.arange(8, 8 + score_module.TREE_DEPTH)] * 2)]
     assert score_module.trees_spare(deep, 2) == [-float("inf")]
 
@@ -208,13 +213,19 @@ def test_padding_changes_nothing(text):
     assert not np.array(alone)[np.array(mask) == 0].any()
 
 
-def test_groups_apart_give_what_they_give_together(text):
-    groups = cases(text, "ragged")
+@pytest.mark.parametrize("name", ["ragged", "stems"])
+def test_groups_apart_give_what_they_give_together(text, name, monkeypatch):
+    groups = cases(text, name)
     parts = forwards(groups, most_tokens=24, layers=2)
-    assert len(parts) > 1 and sorted(i for part in parts for i in part) == [0, 1, 2]
+    assert len(parts) > 1 and sorted(i for part, _ in parts for i in part) == [0, 1, 2]
     whole, apart = split(*score(text, groups)), {}
-    for part in parts:
-        found = iter(split(*score(text, [groups[i] for i in part])))
+    # a part alone may share less than in its step: it is forwarded as it was planned, whose tokens are bounded
+    monkeypatch.setattr(score_module, "trees_spare", None)
+    for part, tree in parts:
+        other = "forward_rows" if tree else "forward_tree"
+        with monkeypatch.context() as patched:
+            patched.setattr(score_module, other, None)
+            found = iter(split(*score(text, [groups[i] for i in part], tree=tree)))
         apart |= {i: [next(found) for _ in groups[i][1]] for i in part}
     for ours, row in zip(whole, [row for i in range(3) for row in apart[i]], strict=True):
         np.testing.assert_allclose(ours, row, atol=1e-5)
