@@ -6,6 +6,8 @@ they draw different tokens. Once that spares too little, every completion gets a
 a step is launched before the one before it is looked at. Slots that nothing needs any more are dropped.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
 import numpy as np
 
@@ -21,8 +23,15 @@ SHARE_ABOVE_GPU = 32
 that is launched before the last is looked at saves more than fewer rows would."""
 
 
+BLOCK_SLOTS, BLOCK_SLOTS_GPU = 4, 64
+"""Slots that must stay empty otherwise, for prompts of one prefill to be decoded as two blocks."""
+
+
 class Batch:
     """Blocks of prompts x slots. `slots` holds, for each block (P, W), what stands in it; -1: empty.
+
+    `prefilled` are the blocks that it began as; `members` says, for each block now, which of them it is of, and which
+    prompts of it: those that need many slots need not leave the others as many.
 
     `hidden` (P, D) and `positions` (P,) are those of the prompts' last and first new token; `rows` is, for each
     prompt, the numbers of the completions that it is asked for.
@@ -30,6 +39,8 @@ class Batch:
 
     def __init__(self, model, blocks, rows: list[np.ndarray], hidden: mx.array, positions: np.ndarray):
         self.model, self.blocks, self.hidden, self.positions = model, blocks, hidden, positions
+        self.prefilled = list(blocks)
+        self.members = [(i, np.arange(b.rows)) for i, b in enumerate(blocks)]
         starts = np.cumsum([0, *(b.rows for b in blocks)])
         self.slots = [np.arange(a, b)[:, None] for a, b in zip(starts[:-1], starts[1:], strict=True)]
         self.rows = np.concatenate(rows)
@@ -75,15 +86,14 @@ class Batch:
         unique, node = np.unique(pairs, return_inverse=True)
         sources = unique >> 32
         together, order = self._lay_out(sources, np.arange(len(sources))), np.argsort(self.at, kind="stable")
-        alone = self._lay_out(self.at[order], self.rows[order])
-        shared = len(together[2]) <= SHARE_BELOW * len(alone[2])
-        shared = shared and (on_cpu() or len(alone[2]) > SHARE_ABOVE_GPU)
+        alone = self._lay_out(self.at[order], order)
+        shared = together.size <= SHARE_BELOW * alone.size
+        shared = shared and (on_cpu() or alone.size > SHARE_ABOVE_GPU)
         if not shared:
-            self._move(*alone)
-            self.at = np.flatnonzero(self.flat >= 0)[np.argsort(order)]
-        elif len(sources) > len(np.unique(sources)) or len(together[2]) <= COMPACT_BELOW * len(self.flat):
-            self._move(*together)
-            self.at = np.flatnonzero(self.flat >= 0)[node]
+            self.at = self._move(alone)
+            self.slots = [np.where(s >= 0, self.rows[s], -1) for s in self.slots]
+        elif len(sources) > len(np.unique(sources)) or together.size <= COMPACT_BELOW * len(self.flat):
+            self.at = self._move(together)[node]
         return shared
 
     def _alone(self, step, tokens, draw, uniforms, collected, stats) -> None:
@@ -117,37 +127,96 @@ class Batch:
         """Drop prompts that are done and slots that no prompt needs; returns the old slots (B',) kept."""
         living = np.flatnonzero(going)
         laid = self._lay_out(living, self.flat[living])
-        if len(laid[2]) > COMPACT_BELOW * len(going):
+        if laid.size > COMPACT_BELOW * len(going):
             return None
-        self._move(*laid)
-        return laid[2]
+        self._move(laid)
+        return laid.origins
 
-    def _lay_out(self, sources: np.ndarray, labels: np.ndarray) -> tuple[list, list[np.ndarray], np.ndarray]:
-        """Blocks, slots that hold `labels` (N,), and the old slots (B',) that they go on from.
+    def _lay_out(self, sources: np.ndarray, labels: np.ndarray) -> "_Laid":
+        """Slots that hold `labels` (N,), made from the old slots `sources` (N,), ascending.
 
-        `sources` (N,) are the old slots of the labels, ascending; each may have several labels, or none. A prompt
-        without any is left out, and narrower ones than the block's widest have empty slots.
+        Each may have several labels, or none. A prompt without any is left out, and narrower ones than their block's
+        widest have empty slots.
         """
-        blocks, slots, kept, start = [], [], [], 0
-        for block, old in zip(self.blocks, self.slots, strict=True):
-            first, stop = np.searchsorted(sources, [start, start + block.rows])
-            prompt = (sources[first:stop] - start) // old.shape[1]
-            counts = np.bincount(prompt, minlength=len(old))
-            prompts = np.flatnonzero(counts)
-            if len(prompts):
-                new = np.full((len(prompts), counts.max()), -1)
-                origin = np.repeat((start + prompts * old.shape[1])[:, None], counts.max(), axis=1)
-                filled = np.arange(counts.max()) < counts[prompts][:, None]
-                new[filled], origin[filled] = labels[first:stop], sources[first:stop]
+        prompts = [(n, p, s.shape[1]) for (n, ps), s in zip(self.members, self.slots, strict=True) for p in ps]
+        first = np.cumsum([0, *(width for *_, width in prompts)])  # old slots come prompt by prompt
+        bounds = np.searchsorted(sources, first)
+        counts = np.diff(bounds)
+        members, slots, kept = [], [], []
+        for number in range(len(self.prefilled)):
+            wanted = [i for i, (n, *_) in enumerate(prompts) if n == number and counts[i]]
+            for part in by_width([int(counts[i]) for i in wanted], BLOCK_SLOTS if on_cpu() else BLOCK_SLOTS_GPU):
+                chosen = sorted((wanted[i] for i in part), key=lambda i: prompts[i][1])  # as they were prefilled
+                new = np.full((len(chosen), max(counts[i] for i in chosen)), -1)
+                origin = np.repeat(first[chosen][:, None], new.shape[1], axis=1)
+                for row, i in enumerate(chosen):
+                    new[row, : counts[i]] = labels[bounds[i] : bounds[i + 1]]
+                    origin[row, : counts[i]] = sources[bounds[i] : bounds[i + 1]]
+                members.append((number, np.array([prompts[i][1] for i in chosen])))
                 slots.append(new)
                 kept.append(origin.reshape(-1))
-                prefixes = block.prefixes
-                if len(prompts) < len(old):
-                    prefixes = tuple(p if len(p.lengths) != len(old) else p.take(prompts) for p in prefixes)
-                blocks.append(kv.Block(new.size, prefixes))
-            start += block.rows
-        return blocks, slots, np.concatenate(kept)
+        return _Laid(members, slots, np.concatenate(kept))
 
-    def _move(self, blocks, slots, kept) -> None:
-        self.blocks, self.slots, self.positions = blocks, slots, self.positions[kept]
-        self.caches = kv.compact(self.caches, blocks, kept)
+    def _move(self, laid: "_Laid") -> np.ndarray:
+        """Lays the slots out anew; where each label stands now, by label, if these are numbered from 0."""
+        known = {(n, tuple(ps)): block for (n, ps), block in zip(self.members, self.blocks, strict=True)}
+        blocks = []
+        for (number, prompts), slots in zip(laid.members, laid.slots, strict=True):
+            old, all_of_them = known.get((number, tuple(prompts))), self.prefilled[number]
+            prefixes = (old or all_of_them).prefixes
+            if old is None and len(prompts) < all_of_them.rows:
+                prefixes = tuple(p if len(p.lengths) != all_of_them.rows else p.take(prompts) for p in prefixes)
+            blocks.append(kv.Block(slots.size, prefixes))
+        self.blocks, self.members, self.slots = blocks, laid.members, laid.slots
+        self._forget_prompts()
+        self.positions = self.positions[laid.origins]
+        self.caches = kv.compact(self.caches, blocks, laid.origins)
+        flat = self.flat
+        places = np.flatnonzero(flat >= 0)
+        return places[np.argsort(flat[places])]
+
+
+    def _forget_prompts(self) -> None:
+        """Lets go of prompts that have ended, where what is left of a prefill is one block."""
+        numbers = [number for number, _ in self.members]
+        for i, (number, prompts) in enumerate(self.members):
+            if numbers.count(number) == 1 and len(prompts) < self.prefilled[number].rows:
+                self.prefilled[number] = kv.Block(len(prompts), self.blocks[i].prefixes)
+                self.members[i] = (number, np.arange(len(prompts)))
+
+
+class _Laid(NamedTuple):
+    """Blocks' members and slots as in `Batch`, and the old slots (B',) that the new ones go on from."""
+
+    members: list[tuple[int, np.ndarray]]
+    slots: list[np.ndarray]
+    origins: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.origins)
+
+
+def by_width(counts: list[int], each: int) -> list[list[int]]:
+    """Prompts that need `counts` slots in parts, for the fewest slots, if a part costs `each` more: their indices.
+
+    >>> by_width([9, 1, 2, 8], 4)
+    [[0, 3], [1, 2]]
+    """
+    widths = sorted(set(counts), reverse=True)
+    number = [sum(count >= width for count in counts) for width in widths]  # of prompts, up to that width
+    best, first = [0], [0]
+    for stop in range(1, len(widths) + 1):
+        ways = [
+            (best[start] + (number[stop - 1] - (number[start - 1] if start else 0)) * widths[start] + each, start)
+            for start in range(stop)
+        ]
+        cost, start = min(ways)
+        best.append(cost)
+        first.append(start)
+    parts, stop = [], len(widths)
+    while stop:
+        start = first[stop]
+        parts.append([i for i, count in enumerate(counts) if widths[stop - 1] <= count <= widths[start]])
+        stop = start
+    return parts[::-1]

@@ -120,3 +120,22 @@ def test_slots_of_their_own_once_sharing_spares_little():
     assert batch.slots[0].tolist() == [[0, 1, -1], [3, 2, 4]]
     assert batch.at.tolist() == [0, 1, 4, 3, 5]
     assert batch.positions.tolist() == [100] * 3 + [101] * 3 and stored(batch) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_prompt_that_needs_many_slots_is_decoded_apart():
+    """Six slots for the first, one for each of the others, instead of three times six; then one for each again."""
+    batch = batch_of([12, 2, 2])
+    assert batch._divide(np.array([*range(6), *range(6), 8, 8, 9, 9]))
+    assert [s.tolist() for s in batch.slots] == [[[0, 1, 2, 3, 4, 5]], [[6], [7]]]
+    assert batch.at.tolist() == [*range(6), *range(6), 6, 6, 7, 7]
+    assert batch.positions.tolist() == [100] * 6 + [101, 102] and stored(batch) == [0] * 6 + [1, 2]
+    assert [b.prefixes[0].keys[0].flatten().tolist() for b in batch.blocks] == [[0], [1, 2]]
+    batch.rows, batch.at = batch.rows[[3, 12, 13, 14]], batch.at[[3, 12, 13, 14]]
+    assert batch._divide(np.array([5, 6, 6, 7]))
+    assert [s.tolist() for s in batch.slots] == [[[0], [1], [2]]] and batch.at.tolist() == [0, 1, 1, 2]
+    assert stored(batch) == [0, 1, 2] and batch.blocks[0].prefixes is batch.prefilled[0].prefixes
+    # the first has ended: its keys are let go
+    batch.rows, batch.at = batch.rows[1:], batch.at[1:]
+    assert batch._divide(np.array([6, 6, 7]))
+    assert stored(batch) == [1, 2] and batch.prefilled[0].prefixes[0].keys[0].flatten().tolist() == [1, 2]
+    assert [(n, p.tolist()) for n, p in batch.members] == [(0, [0, 1])]
