@@ -174,4 +174,3 @@ def check_logits(
             f"the logits are off by {worst:.1e} on {name}, where {bound:g} is the most that a good conversion shows; "
             "nothing was written (--no-check writes it anyway)"
         )
-

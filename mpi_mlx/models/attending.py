@@ -1,5 +1,6 @@
 """Caches that compute a layer's attention themselves, and the check that the model lets them."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,19 @@ class Window:
     size: int
 
 
-class AttendingCache:
+class AttendingCache(ABC):
     """A cache that computes attention itself (`attend`), for layers that share a `layout`, which knows the masks."""
 
     gradient = True
     layout: Any  # its `attended`: by the layer last asked, whether its attention came through `attend`
 
+    @abstractmethod
     def reach(self, length: int) -> int:
         """The most tokens that the last of `length` new ones may see."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask) -> mx.array:
+        """Attention of `queries` over what they may see, `keys` and `values` of the new tokens included."""
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None):
         """None, or a token that carries a window that matters: `attend` does the masking."""

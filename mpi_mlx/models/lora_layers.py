@@ -1,6 +1,7 @@
 """LoRA and DoRA layers that mlx-vlm's and mlx-lm's loaders read, with a switch and a cheaper forward."""
 
 import math
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -83,6 +84,14 @@ class Held:
         """What the whole output is multiplied by (outputs,); None: nothing."""
         return None
 
+
+
+def hold_all(layers: Iterable[Held], dtype: mx.Dtype) -> None:
+    """:meth:`Held.hold` of all, computed now and not again for each token."""
+    held = list(layers)
+    for layer in held:
+        layer.hold(dtype)
+    mx.eval([matrix for layer in held for matrix in layer._held if matrix is not None])
 
 
 class LoRALinear(Held, VlmLoRALinear):

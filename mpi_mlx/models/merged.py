@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mpi_mlx.models.base import Model
-from mpi_mlx.models.lora_layers import Held, LoRALinear
+from mpi_mlx.models.lora_layers import Held, LoRALinear, hold_all
 
 LEAST_TOKENS = 256  # fewer tokens forwarded do not earn back the merging
 MOST_BYTES = 2**30  # the merged matrices exist beside the base's
@@ -30,9 +29,7 @@ def merged_adapters(model: Model, tokens: int) -> Iterator[bool]:
         for layer in layers:
             layer.merge()
         others = _holdable(model)
-        for layer in others:
-            layer.hold(model.dtype)
-        mx.eval([value for layer in others for _, value in tree_flatten(layer._held)])  # not again for each token
+        hold_all(others, model.dtype)
         yield bool(layers)
     finally:
         for layer in layers:

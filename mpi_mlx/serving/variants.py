@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mpi_mlx.models.adapters import load_adapter, remove_adapters
-from mpi_mlx.models.lora_layers import Held
+from mpi_mlx.models.lora_layers import Held, hold_all
 
 
 class Variants:
@@ -33,9 +32,7 @@ class Variants:
                 layers = {path: layer for path, layer in named if isinstance(layer, Held)}
                 plain.update({path: layer.linear for path, layer in layers.items()})
                 model.net.eval()
-                for layer in layers.values():  # nothing is trained here
-                    layer.hold(model.dtype)
-                mx.eval([value for layer in layers.values() for _, value in tree_flatten(layer._held)])
+                hold_all(layers.values(), model.dtype)  # nothing is trained here
             found[name] = (layers, model.lora_spec, model.projector_trained)
             if folder is not None:
                 remove_adapters(model)
