@@ -112,28 +112,28 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(size - 8, 100_000_000):
             raise ConversionError(
-                f"{path.name} is no safetensors file or is cut off ({size} bytes): fetch it again"
+                f"{path} is no safetensors file or is cut off ({size} bytes): fetch it again"
             )
         try:
             header = json.loads(f.read(length))
             metadata = header.pop("__metadata__", {})
             entries = [_entry(name, info) for name, info in header.items()]
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ConversionError(f"the header of {path.name} is corrupt: fetch the file again") from None
+            raise ConversionError(f"the header of {path} is corrupt: fetch the file again") from None
     tensors, end = {}, 0
     for name, dtype, shape, start, stop in entries:
         if dtype not in ITEM_BYTES:
-            raise ConversionError(f"{name} in {path.name} has the unsupported type {dtype}")
+            raise ConversionError(f"{name} in {path} has the unsupported type {dtype}")
         nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
         if stop - start != nbytes:
             raise ConversionError(
-                f"{name} in {path.name} claims {stop - start} bytes, its shape needs {nbytes}"
+                f"{name} in {path} claims {stop - start} bytes, its shape needs {nbytes}"
             )
         tensors[name] = Stored(name, dtype, shape, path, 8 + length + start, nbytes)
         end = max(end, stop)
     if 8 + length + end != size:
         raise ConversionError(
-            f"{path.name} is truncated or padded: {size} bytes, its header needs {8 + length + end}; fetch "
+            f"{path} is truncated or padded: {size} bytes, its header needs {8 + length + end}; fetch "
             "it again"
         )
     return tensors, metadata
